@@ -1,0 +1,144 @@
+"""Compile every kernel at its default tiles for GPUs that are not here, and check what the compiler made of it.
+
+    python3 compile_kernels.py [--targets sm_90 gfx942 ...]
+
+Each launcher runs as usual, but its launches end after the compiler (Triton carries ptxas and LLVM for all targets).
+A row is a kernel: registers a thread, instructions that spill them to memory, shared memory. Spills, or more shared memory than the
+GPU has, are an error (exit 1). Takes two minutes on two cores the first time; Triton caches the results.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+import triton_attention_launch  # noqa: E402
+from triton_attention_backward import dscores_op  # noqa: E402
+from triton_attention_scores import scores_op  # noqa: E402
+from triton_attention_softmax import dropout_op, mask_gradient_op, softmax_backward_op, softmax_op  # noqa: E402
+from triton_attention_values import values_op  # noqa: E402
+
+# shared memory a program may take, KiB: CUDA C++ Programming Guide, table "Technical Specifications per Compute
+# Capability" (maximum per thread block); AMD CDNA3 ISA, LDS
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+FLAGS = ("--dump-resource-usage", "--dump-sass")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class OfflineDriver:
+    """What Triton asks of a GPU before it compiles."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return hash(str(self.target.arch)) % 10**6
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def compiling_for(name):
+    """Inside, launches compile for the GPU `name` and end there; yields the list of (kernel name, compiled kernel)."""
+    target = GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
+    built, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        built.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    JITFunction.run = compile_only
+    triton.runtime.driver.set_active(OfflineDriver(target))
+    triton_attention_launch.architecture.cache_clear()
+    try:
+        yield built
+    finally:
+        JITFunction.run = run
+
+
+def usage(kernel):
+    """(registers a thread, loads and stores that spill), from the machine code."""
+    if "cubin" in kernel.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            dump = [subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True).stdout for flag in FLAGS]
+        return int(re.search(r"REG:(\d+)", dump[0]).group(1)), len(re.findall(r"\b(?:STL|LDL)\b", dump[1]))
+    text = kernel.asm["amdgcn"]
+    registers, spills = (int(re.search(rf"\.{f}:\s*(\d+)", text).group(1)) for f in ("vgpr_count", "vgpr_spill_count"))
+    return registers, spills
+
+
+def launches():
+    """Every launcher with the arguments that choose a different build: (label, launcher, arguments)."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        name = str(dtype).removeprefix("torch.")
+        for D in (64, 128) if dtype != torch.float64 else (64,):
+            q, s = torch.zeros(1, 2, 256, D, dtype=dtype), torch.zeros(1, 2, 256, 256, dtype=dtype)
+            for diagonal in (None, 0):
+                label = f"{name} D{D}{'' if diagonal is None else ' causal'}"
+                yield f"scores {label}", scores_op, (q, q, 0.125, diagonal, diagonal, None, None)
+                yield f"values {label}", values_op, (s, q, diagonal, 2, False, 1.0, dtype, None, None)
+                yield f"values^T {label}", values_op, (s, q, diagonal, 2, True, 1.0, dtype, None, None)
+                if dtype.itemsize == 2:
+                    yield f"dscores {label}", dscores_op, (q, q.float(), q, s, diagonal)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        name = str(dtype).removeprefix("torch.")
+        for N in (128, 4096, 16384, 32768):
+            s, bias = torch.zeros(1, 1, 16, N, dtype=dtype), torch.zeros(1, 1, 1, N, dtype=dtype)
+            yield f"softmax {name} N{N} causal + bias", softmax_op, (s, bias, 0, None, None)
+            yield f"softmax backward {name} N{N}", softmax_backward_op, (s, s, None)
+        yield f"mask gradient {name}", mask_gradient_op, (s, [1, 1, 1, N], dtype)
+        yield f"dropout {name}", dropout_op, (s, torch.zeros(1, dtype=torch.int64), 0.1)
+
+
+def rows(name):
+    """The table for one GPU: [(label, registers, spills, shared KiB, problem or "")]."""
+    out = []
+    for label, launcher, arguments in launches():
+        with compiling_for(name) as built:
+            launcher(*arguments)
+        for _, kernel in built:
+            registers, spills = usage(kernel)
+            shared = kernel.metadata.shared / 1024
+            problems = [f"{spills} spills"] if spills else []
+            problems += [f"shared memory over {SHARED_KIB[name]} KiB"] if shared > SHARED_KIB[name] else []
+            out.append((label, registers, spills, shared, ", ".join(problems)))
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", nargs="+", choices=SHARED_KIB, default=list(SHARED_KIB), help="GPUs to compile for")
+    targets = parser.parse_args().targets
+    print(f"{'GPU':7} {'kernel':42} {'registers':>9} {'spills':>9} {'shared KiB':>10}")
+    bad = 0
+    with ProcessPoolExecutor(min(2, len(targets))) as pool:
+        for name, table in zip(targets, pool.map(rows, targets), strict=True):
+            for label, registers, spills, shared, problem in table:
+                bad += bool(problem)
+                print(f"{name:7} {label:42} {registers:9} {spills:9} {shared:10.1f}  {problem}", flush=True)
+    print(f"{bad} of the kernels spill or do not fit" if bad else "no spills, and everything fits")
+    return bad > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""dS = P * (dO V^T - rowsum(dO * O)): back through PV and the softmax in one pass, without storing dP.
+
+    dO  M x Dv   V^T  Dv x N                     the softmax needs rowsum(P * dP) before it can write a
+      +----+    +----+----+                      single dS, so two separate stages write dP and read it twice;
+      | do | x  | v  |    |  = dP, a tile        but P dP^T = P (V dO^T) = O dO^T: the row sums are those of
+      +----+    +----+----+    at a time         dO * O, two small tensors, and dP never leaves the registers
+
+Bytes that must move per element of S: 2 (read P, write dS) instead of 6. The identity is FlashAttention's (Dao et al.,
+2022, appendix B.2); attention_staged uses it for 16-bit inputs where no dropout, no gradient of the weights or of a mask and no second
+derivative is in the way. In float32 dP - rowsum(dO * O) loses digits that P * (dP - rowsum(P * dP)) keeps.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from triton_attention_launch import define_op, differentiate, dot_precision, fold, launch, tile_for, unfold
+from triton_attention_scores import SPAN, Scores, scores_op
+from triton_attention_softmax import MaskGradient, SoftmaxBackward, softmax_op
+from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile
+from triton_attention_values import Values, values_op
+
+
+@triton.jit
+def _dscores_kernel(
+    do_ptr, stride_gb, stride_gh, stride_gm, stride_gd,
+    o_ptr, stride_ob, stride_oh, stride_om, stride_od,
+    v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
+    p_ptr, stride_pb, stride_ph, stride_pm, stride_pn,
+    ds_ptr, stride_sb, stride_sh, stride_sm, stride_sn,
+    H, GROUP, M, N, diagonal,
+    D: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr,
+):
+    row_tiles, spans = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N * SPAN)
+    tile, off_b, off_h = split_program(tl.program_id(0), row_tiles * spans, H)
+    start_m, first_n = tile // spans * BLOCK_M, tile % spans * (BLOCK_N * SPAN)
+    do_ptr = head_ptr(do_ptr, stride_gb, stride_gh, off_b, off_h)
+    o_ptr = head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h)
+    v_ptr = head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_h // GROUP)
+    p_ptr = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h)
+    ds_ptr = head_ptr(ds_ptr, stride_sb, stride_sh, off_b, off_h)
+    ACC: tl.constexpr = tl.float64 if p_ptr.dtype.element_ty == tl.float64 else tl.float32
+
+    offs_m, offs_d = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    do = load_tile(do_ptr, (stride_gm, stride_gd), (M, D), offs_m, offs_d)
+    o = load_tile(o_ptr, (stride_om, stride_od), (M, D), offs_m, offs_d)
+    delta = tl.sum(do.to(ACC) * o.to(ACC), 1)
+    for start_d in range(BLOCK_D, D, BLOCK_D):  # only heads wider than BLOCK_D
+        do_e = load_tile(do_ptr, (stride_gm, stride_gd), (M, D), offs_m, start_d + offs_d)
+        o_e = load_tile(o_ptr, (stride_om, stride_od), (M, D), offs_m, start_d + offs_d)
+        delta += tl.sum(do_e.to(ACC) * o_e.to(ACC), 1)
+
+    last_n = tl.minimum(first_n + BLOCK_N * SPAN, N)
+    end_n = last_n
+    if CAUSAL:
+        end_n = tl.maximum(tl.minimum(last_n, start_m + BLOCK_M + diagonal), first_n)
+    for start_n in range(first_n, end_n, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        p = load_tile(p_ptr, (stride_pm, stride_pn), (M, N), offs_m, offs_n).to(ACC)
+        v_t = load_tile(v_ptr, (stride_vd, stride_vn), (D, N), offs_d, offs_n)
+        dp = dot(do, v_t, tl.zeros([BLOCK_M, BLOCK_N], ACC), PRECISION)
+        for start_d in range(BLOCK_D, D, BLOCK_D):
+            do_e = load_tile(do_ptr, (stride_gm, stride_gd), (M, D), offs_m, start_d + offs_d)
+            v_e = load_tile(v_ptr, (stride_vd, stride_vn), (D, N), start_d + offs_d, offs_n)
+            dp = dot(do_e, v_e, dp, PRECISION)
+        # P is zero above the diagonal; a masked key cannot bring in its NaN
+        ds = tl.where(p == 0.0, 0.0, p * (dp - delta[:, None]))
+        store_tile(ds_ptr, (stride_sm, stride_sn), (M, N), offs_m, offs_n, ds)
+
+
+@define_op("dscores", fake=lambda do, o, v, probs, diagonal: probs.new_empty(probs.shape))
+def dscores_op(
+    do: torch.Tensor, o: torch.Tensor, v: torch.Tensor, probs: torch.Tensor, diagonal: int | None
+) -> torch.Tensor:
+    """dS like probs [B, H, M, N], of do and o [B, H, M, Dv], v [B, Hk, N, Dv]; unwritten in tiles above the diagonal."""
+    (B, H, M, N), D, ds = probs.shape, v.shape[3], probs.new_empty(probs.shape)
+    if ds.numel() == 0:
+        return ds
+    tile = tile_for("dscores", probs.dtype, D, diagonal is not None)
+    programs = B * H * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N * SPAN)
+    launch(
+        _dscores_kernel, programs,
+        do, *do.stride(), o, *o.stride(), v, *v.stride(), probs, *probs.stride(), ds, *ds.stride(),
+        H, H // v.shape[1], M, N, diagonal or 0,
+        D=D, CAUSAL=diagonal is not None, PRECISION=dot_precision(probs.dtype),
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=min(tile.BLOCK_D, max(16, triton.next_power_of_2(D))),
+        SPAN=SPAN, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )
+    return ds
+
+
+class Staged(torch.autograd.Function):
+    """(O, P) of q, k, v and a 4-D mask or None; query m sees the keys n <= m + diagonal.
+
+    Scores above the diagonal stay unwritten (fill=None): the softmax does not read them. O comes in out_dtype: float32
+    for 16-bit inputs that will need a gradient, because dP - rowsum(dO * O) cancels and shows O's rounding.
+    """
+
+    @staticmethod
+    def forward(q, k, v, mask, diagonal, scale, out_dtype):
+        scores = scores_op(q, k, scale, diagonal, None, None, None)
+        probs = softmax_op(scores, mask, diagonal, None, None)
+        return values_op(probs, v, diagonal, q.shape[1], False, 1.0, out_dtype, None, None), probs
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, mask, ctx.diagonal, ctx.scale, _ = inputs
+        ctx.mask_shape, ctx.mask_dtype = (None, None) if mask is None else (list(mask.shape), mask.dtype)
+        ctx.save_for_backward(q, k, v, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, do, dprobs):
+        (q, k, v, out, probs), diagonal = ctx.saved_tensors, ctx.diagonal
+        needs_q, needs_k, needs_v, needs_mask = ctx.needs_input_grad[:4]
+        dq = dk = dv = dmask = None
+        if do is not None:
+            do = do.to(v.dtype)
+            if needs_v:
+                dv = differentiate(Values, probs, do, diagonal, v.shape[1], True, 1.0, None, None)
+        if not (needs_q or needs_k or needs_mask) or (do is None and dprobs is None):
+            return None, None, dv, None, None, None, None
+        if dprobs is None and not needs_mask and out.dtype != v.dtype and not torch.is_grad_enabled():
+            ds = dscores_op(do, out, v, probs, diagonal)
+        else:  # one stage after the other
+            dp = None if do is None else differentiate(Scores, do, v, 1.0, diagonal, 0.0, None, None)
+            dp = dprobs if dp is None else dp if dprobs is None else dp + dprobs
+            ds = differentiate(SoftmaxBackward, probs, dp, diagonal)
+        if needs_q:
+            dq = differentiate(Values, ds, k, diagonal, q.shape[1], False, ctx.scale, None, None)
+        if needs_k:
+            dk = differentiate(Values, ds, q, diagonal, k.shape[1], True, ctx.scale, None, None)
+        if needs_mask:
+            dmask = differentiate(MaskGradient, ds, ctx.mask_shape, ctx.mask_dtype)
+        return dq, dk, dv, dmask, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, q, k, v, mask, *options):
+        out, probs = differentiate(Staged, *fold(info, in_dims, q, k, v, mask), *options)
+        return (unfold(info, out), unfold(info, probs)), (0, 0)

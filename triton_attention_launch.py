@@ -1,0 +1,338 @@
+"""What the host does around a kernel: interpreter or GPU, argument checks, tiles, operators.
+
+    public function      check_* -> differentiate(Function, ...)
+    Function.forward     the operator (define_op): opaque to the interpreter, transparent to torch.compile
+    operator body        tile_for -> launch(kernel, grid, ...)
+
+Import order does not matter: without a GPU this module turns Triton's interpreter on, also when Triton
+was imported before it.
+"""
+
+import contextlib
+import functools
+import os
+import sys
+
+import numpy
+import torch
+
+_TRUE = ("1", "true", "on", "yes", "y")
+
+
+def _enable_interpreter():
+    """Switch TRITON_INTERPRET on where there is no GPU; an explicit 0 or 1 wins."""
+    if os.environ.get("TRITON_INTERPRET") is None:
+        if torch.cuda.is_available() or torch.xpu.is_available():
+            return
+        os.environ["TRITON_INTERPRET"] = "1"
+    if os.environ["TRITON_INTERPRET"].lower() not in _TRUE or "triton.language" not in sys.modules:
+        return
+    # Triton decides at import whether its own helpers (tl.sum, tl.max, ...) are compiled functions; when
+    # torch.compile or transformers imported it first, they are, and an interpreted kernel cannot call them
+    import triton
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("triton.language")]
+    for module in [*modules, tl.tensor, triton]:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                setattr(module, name, InterpretedFunction(value.fn))
+
+
+_enable_interpreter()
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c in one rounding, whatever Triton's default becomes
+
+import triton  # noqa: E402  the interpreter must be on first
+from torch.nn.attention.bias import CausalBias, CausalVariant  # noqa: E402
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
+import triton_attention_tuned as tuned  # noqa: E402
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_TILE = 1 << 20  # elements of one tensor in a kernel, Triton's own limit
+
+
+def describe_device():
+    """One line for scripts: what the kernels run on."""
+    if INTERPRETED:
+        return f"Triton {triton.__version__} interpreter on the CPU (no GPU: results are real, times mean nothing)"
+    return f"Triton {triton.__version__} on {torch.cuda.get_device_name() if DEVICE.type == 'cuda' else DEVICE}"
+
+
+# ---- operators
+
+
+def _must_dispatch(args):
+    """Whether somebody (torch.compile, a dispatch mode, vmap, a tensor subclass) has to see the operator."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or any(isinstance(a, torch.Tensor) and type(a) not in (torch.Tensor, torch.nn.Parameter) for a in args)
+        or any(isinstance(a, torch.Tensor) and a.device.type == "meta" for a in args)
+    )
+
+
+def _without_bfloat16(launcher):
+    """The interpreter computes on the raw bits of bfloat16: upcast before, round in torch after."""
+
+    @functools.wraps(launcher)
+    def run(*args):
+        dtypes = [a if isinstance(a, torch.dtype) else a.dtype for a in args if isinstance(a, (torch.dtype, torch.Tensor))]
+        dtype = next((a for a in args if isinstance(a, torch.dtype)), dtypes[0])
+        if torch.bfloat16 not in dtypes:
+            return launcher(*args)
+        args = [a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args]
+        return launcher(*(torch.float32 if a is torch.bfloat16 else a for a in args)).to(dtype)
+
+    return run
+
+
+def define_op(name, fake):
+    """Decorator: make `triton_attention::name` of a launcher; `fake` gives its output without running it.
+
+    Compiled kernels become a `triton_op`, which Inductor looks into; interpreted ones a `custom_op`, which
+    nothing may trace into. A plain eager call goes straight to the launcher, past 35 us of dispatching.
+    """
+
+    def decorate(launcher):
+        if INTERPRETED:
+            launcher = _without_bfloat16(launcher)
+            op = torch.library.custom_op(f"triton_attention::{name}", launcher, mutates_args=())
+            op.register_fake(fake)
+        else:
+            op = torch.library.triton_op(f"triton_attention::{name}", launcher, mutates_args=())
+
+        @functools.wraps(launcher)
+        def call(*args):
+            return op(*args) if _must_dispatch(args) else launcher(*args)
+
+        call.op = op
+        return call
+
+    return decorate
+
+
+def differentiate(function, *args):
+    """`function.apply(*args)`, or its forward alone where nobody can ask for a gradient (saves 15 us)."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or (torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args))
+    ):
+        return function.apply(*args)
+    return function.forward(*args)
+
+
+def launch(kernel, programs, *args, **constants):
+    """Run `programs` instances of a kernel on the device of its first argument."""
+    if INTERPRETED:
+        with numpy.errstate(all="ignore"):  # numpy warns of inf - inf, a GPU does not
+            return kernel[(programs,)](*args, **constants)
+    if _must_dispatch(args[:1]):
+        kernel = torch.library.wrap_triton(kernel)
+    device = args[0].device
+    elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
+    try:
+        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+            kernel[(programs,)](*args, **constants)
+    except OutOfResources as error:
+        tile = " x ".join(str(constants[c]) for c in ("BLOCK_M", "BLOCK_N") if c in constants)
+        raise ValueError(
+            f"the tile {tile} (block_m x block_n) does not fit this GPU: it needs {error.required} of {error.name}, "
+            f"there are {error.limit}; pass a smaller block_m or block_n"
+        ) from error
+
+
+def fold(info, in_dims, *tensors):
+    """For a vmap rule: move the mapped dimension of each tensor into its batch, [B, ...] -> [V * B, ...].
+
+    The first tensor has the full batch; the others may have 1 there (masks) or be None.
+    """
+    moved = [
+        None if t is None else t.unsqueeze(0) if dim is None else t.movedim(dim, 0)
+        for t, dim in zip(tensors, in_dims, strict=False)
+    ]
+    size = (info.batch_size, moved[0].shape[1])
+    return [None if t is None else t.expand(*size, *t.shape[2:]).flatten(0, 1) for t in moved]
+
+
+def unfold(info, out):
+    """Inverse of fold for an output: [V * B, ...] -> [V, B, ...]."""
+    return out.unflatten(0, (info.batch_size, -1))
+
+
+# ---- tiles
+
+
+@functools.lru_cache
+def architecture():
+    """The tuned table's name for the current GPU: "sm_90", "gfx942"."""
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+@functools.lru_cache
+def _tuned(op, arch, bits, head_dim, causal):
+    """The table's row for the smallest head dim that holds ours, the widest one past the table's end."""
+    for name in (arch, "any"):
+        rows = {key[3]: tile for key, tile in tuned.TILES.items() if key[:3] == (op, name, bits) and key[4] in (causal, None)}
+        if rows:
+            return rows[min((d for d in rows if d >= head_dim), default=max(rows))]
+    raise KeyError(f"no tile for {op}, {bits} bits")
+
+
+def tile_for(op, dtype, head_dim, causal, block_m=None, block_n=None) -> tuned.Tile:
+    """The tuned tile of a kernel, or the caller's where block_m or block_n is given."""
+    if INTERPRETED:
+        tile = tuned.INTERPRETED
+    else:
+        tile = _tuned(op, architecture(), dtype.itemsize * 8, head_dim, bool(causal))
+    if block_m is None and block_n is None:
+        return tile
+    block_m, block_n = block_m or tile.BLOCK_M, block_n or tile.BLOCK_N
+    return tile._replace(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8 if block_m * block_n > 1 << 13 else 4, num_stages=2)
+
+
+def dot_precision(dtype, exact="tf32x3"):
+    """How a kernel multiplies float32: in TF32 if torch.get_float32_matmul_precision() allows it, else in full.
+
+    `exact` is the sum of tensor-core products that the kernel uses for the latter on NVIDIA GPUs: "tf32x3" or "bf16x6".
+    """
+    if dtype != torch.float32 or INTERPRETED:
+        return "ieee"
+    nvidia = architecture().startswith("sm_")
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32" if nvidia else "ieee"
+    return exact if nvidia else "ieee"
+
+
+# ---- arguments
+
+
+def check_tensors(**tensors):
+    """Every tensor is 4-D, of one float dtype, on one device that the kernels run on."""
+    first_name, first = next(iter(tensors.items()))
+    for name, t in tensors.items():
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.layout != torch.strided or t.is_nested:
+            raise TypeError(f"{name} must be a dense strided tensor, got a nested or sparse one ({t.layout})")
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+        if t.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {t.dtype}")
+        if t.dim() != 4:
+            raise ValueError(f"{name} must be 4-D, [batch, heads, rows, columns], got shape {tuple(t.shape)}")
+        if t.device != first.device:
+            raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {t.device}")
+    if not INTERPRETED and first.device.type == "cpu":
+        raise ValueError(
+            f"{first_name} is on the CPU, but this process compiles its kernels for a GPU: move the tensors there, "
+            "or run them interpreted, in a process started with TRITON_INTERPRET=1"
+        )
+
+
+def check_shape(name, t, layout, **sizes):
+    """The dimensions of `t`, named by `layout` ("B Hk N D"), have the given sizes; unnamed ones are free."""
+    names = layout.split()
+    if any(sizes.get(n, size) != size for n, size in zip(names, t.shape, strict=True)):
+        expected = ", ".join(str(sizes.get(n, n)) for n in names)
+        raise ValueError(f"{name} must be [{', '.join(names)}] = [{expected}], got {tuple(t.shape)}")
+
+
+def check_heads(name, kv_heads, heads, enable_gqa=True):
+    """Grouped-query attention: each of the kv_heads serves heads / kv_heads query heads."""
+    if kv_heads == heads:
+        return
+    if not enable_gqa:
+        raise ValueError(f"{name} has {kv_heads} heads, the queries have {heads}: pass enable_gqa=True to share them")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{name} must have a number of heads that divides the {heads} query heads, got {kv_heads}")
+
+
+def check_scale(scale, head_dim):
+    """The factor on Q K^T, 1 / sqrt(D) by default (1 for D = 0, where it multiplies nothing)."""
+    if scale is None:
+        return head_dim**-0.5 if head_dim != 0 else 1.0
+    if isinstance(scale, (bool, torch.Tensor)) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    return scale * 1.0
+
+
+def check_blocks(**blocks):
+    """Tile sizes are powers of two from 16, and a tile has at most 2^20 elements."""
+    for name, block in blocks.items():
+        if block is None:
+            continue
+        if isinstance(block, bool) or not isinstance(block, int):
+            raise TypeError(f"{name} must be an int or None, got {type(block).__name__}")
+        if block < 16 or block & (block - 1):
+            raise ValueError(f"{name} must be a power of two from 16, got {block}")
+    elements = functools.reduce(lambda a, b: a * (b or 16), blocks.values(), 1)
+    if elements > MAX_TILE:
+        tile = " x ".join(str(block) for block in blocks.values() if block)
+        raise ValueError(f"the tile {tile} has {elements} elements, there may be {MAX_TILE}: pass a smaller one")
+
+
+def check_dropout(dropout_p):
+    """A probability in [0, 1], as a float."""
+    if isinstance(dropout_p, (bool, torch.Tensor)) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+    return float(dropout_p)
+
+
+def check_flag(name, flag):
+    """True or False."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be True or False, got {type(flag).__name__}")
+
+
+def check_mask(attn_mask, is_causal, scores_shape, device):
+    """Split the masks into (4-D mask or None, diagonal or None): query m sees the keys n <= m + diagonal.
+
+    A CausalBias becomes its diagonal; another mask keeps its size-1 dimensions.
+    """
+    check_flag("is_causal", is_causal)
+    B, H, M, N = scores_shape
+    diagonal = 0 if is_causal else None
+    if attn_mask is None:
+        return None, diagonal
+    if isinstance(attn_mask, CausalBias):
+        if (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (M, N):
+            got = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
+            raise ValueError(f"attn_mask, a CausalBias, must be for (M, N) = {(M, N)}, got {got}")
+        shift = N - M if attn_mask.variant == CausalVariant.LOWER_RIGHT else 0
+        return None, shift if diagonal is None else min(diagonal, shift)
+    if not isinstance(attn_mask, torch.Tensor):
+        raise TypeError(f"attn_mask must be a torch.Tensor, a CausalBias or None, got {type(attn_mask).__name__}")
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in DTYPES:
+        raise TypeError(f"attn_mask must be bool (True: may attend) or floating (added), got {attn_mask.dtype}")
+    if attn_mask.device != device:
+        raise ValueError(f"attn_mask must be on the device of the scores, {device}, got {attn_mask.device}")
+    shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    if len(shape) != 4 or any(m not in (1, s) for m, s in zip(shape, (B, H, M, N), strict=True)):
+        raise ValueError(
+            f"attn_mask must broadcast to [B, H, M, N] = {[B, H, M, N]}, got {tuple(attn_mask.shape)}"
+        )
+    return attn_mask.view(shape), diagonal
+
+
+def autocast(*tensors):
+    """The tensors in the dtype of the surrounding autocast context, if there is one (float64 stays)."""
+    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )

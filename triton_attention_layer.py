@@ -1,0 +1,306 @@
+"""The three stages wired into attention, and attention into a drop-in for torch.nn.MultiheadAttention.
+
+    query --in_proj--> q --+
+    key   --in_proj--> k --+-- scores --> softmax --+--> weights
+    value --in_proj--> v ---------------------------+--> values --out_proj--> output
+
+No kernel here. Heads are views: a projection's [B, M, H * D] is read as [B, H, M, D] through its strides.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from triton_attention_backward import Staged
+from triton_attention_launch import (
+    DEVICE, autocast, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape, check_tensors,
+    differentiate,
+)
+from triton_attention_scores import Scores
+from triton_attention_softmax import softmax_dropout
+from triton_attention_values import Values
+
+
+def attention_staged(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention in three stages, with the weights: P = softmax(scale * Q K^T + mask), O = P V.
+
+    Args:
+        q: queries [B, H, M, D], float16, bfloat16, float32 or float64, any strides.
+        k, v: keys [B, Hk, N, D] and values [B, Hk, N, Dv] of the same dtype.
+        attn_mask: bool (True: may attend) or floating (added), broadcasting to [B, H, M, N]; or a CausalBias.
+        dropout_p: probability with which a weight is dropped; the others are divided by 1 - dropout_p.
+        is_causal: query m sees the keys n <= m only; may be combined with attn_mask, then both hold.
+        scale: factor on Q K^T, 1 / sqrt(D) if None.
+        enable_gqa: allow Hk < H, a divisor of H; head h reads the keys and values of head h // (H / Hk).
+
+    Returns:
+        (O [B, H, M, Dv], P [B, H, M, N] after dropout), both in q's dtype (under autocast, its dtype) and both
+        differentiable, also twice. A query that may attend to nothing gives zeros.
+
+    Raises:
+        TypeError: an argument of another type or dtype. ValueError: a shape, a value or a device.
+    """
+    q, k, v = autocast(q, k, v)
+    check_tensors(q=q, k=k, v=v)
+    (B, H, M, D), (Hk, N) = q.shape, k.shape[1:3]
+    check_shape("k", k, "B Hk N D", B=B, D=D)
+    check_shape("v", v, "B Hk N Dv", B=B, Hk=Hk, N=N)
+    check_flag("enable_gqa", enable_gqa)
+    check_heads("k", Hk, H, enable_gqa)
+    mask, diagonal = check_mask(attn_mask, is_causal, (B, H, M, N), q.device)
+    scale, dropout_p = check_scale(scale, D), check_dropout(dropout_p)
+
+    if dropout_p == 0.0:
+        wide = q.dtype.itemsize == 2 and torch.is_grad_enabled()
+        out, probs = differentiate(Staged, q, k, v, mask, diagonal, scale, torch.float32 if wide else q.dtype)
+        return out.to(q.dtype), probs
+    scores = differentiate(Scores, q, k, scale, diagonal, None, None, None)
+    probs = softmax_dropout(scores, mask, diagonal, dropout_p)
+    return differentiate(Values, probs, v, diagonal, H, False, 1.0, None, None), probs
+
+
+def _keep_off_the_native_path(module, args):
+    """A forward-pre-hook that does nothing: nn.TransformerEncoderLayer in eval reads the parameters of a self_attn
+    without hooks and never calls it."""
+
+
+class TritonMultiheadAttention(nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention on Triton kernels: same constructor, forward, parameters and state_dict.
+
+    One more keyword: num_kv_heads (default num_heads, which it divides) makes it grouped-query attention, with
+    num_kv_heads * head_dim rows for k and for v in the projection weights.
+
+    Where the parent contradicts itself, both values of need_weights give one answer: a query whose keys are all
+    masked gets zero weights (not NaN), and attn_mask decides what is_causal only hints at.
+
+    Raises:
+        ValueError: dropout outside [0, 1], or num_kv_heads that does not divide num_heads; and as the parent does.
+    """
+
+    num_kv_heads = None  # the class of an existing nn.MultiheadAttention may be set to this one
+
+    def __init__(
+        self, embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False,
+        kdim=None, vdim=None, batch_first=False, device=None, dtype=None, *, num_kv_heads=None,
+    ) -> None:
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if self.num_kv_heads != num_heads:
+            if not isinstance(num_kv_heads, int) or num_kv_heads <= 0 or num_heads % num_kv_heads:
+                raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}")
+            self._drop_kv_rows()
+            self._reset_parameters()
+        self.register_forward_pre_hook(_keep_off_the_native_path)
+
+    def _drop_kv_rows(self):
+        """Shrink the parent's parameters to num_kv_heads heads of k and v."""
+        E, kv = self.embed_dim, self.num_kv_heads * self.head_dim
+        rows = {"in_proj_weight": E + 2 * kv, "in_proj_bias": E + 2 * kv, "k_proj_weight": kv, "v_proj_weight": kv}
+        for name, size in rows.items():
+            if (parameter := getattr(self, name)) is not None:
+                setattr(self, name, nn.Parameter(parameter.detach()[:size].clone()))
+        for name in ("bias_k", "bias_v"):
+            if (parameter := getattr(self, name)) is not None:
+                setattr(self, name, nn.Parameter(parameter.detach()[..., :kv].clone()))
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, as torch.nn.MultiheadAttention.forward does.
+
+        Args:
+            query: [L, E], or [L, B, E], or [B, L, E] with batch_first; a NestedTensor of [L_i, E] with batch_first.
+            key, value: the same with S and kdim, vdim.
+            key_padding_mask: [B, S] ([S] unbatched), bool (True: ignore this key) or floating (added).
+            need_weights: return the weights too.
+            attn_mask: [L, S] or [B * num_heads, L, S], bool (True: may not attend) or floating (added).
+            average_attn_weights: average the weights over the heads.
+            is_causal: a hint that attn_mask is causal; attn_mask is needed, and is what holds.
+
+        Returns:
+            (output, shaped like query; weights [B, L, S], or [B, num_heads, L, S] if not averaged, or None).
+            In training the weights are those after dropout.
+
+        Raises:
+            AssertionError, RuntimeError: where the parent raises them. TypeError: not a tensor.
+        """
+        _check_types(query=query, key=key, value=value, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
+        if query.is_nested or key.is_nested or value.is_nested:
+            return self._forward_nested(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        self._check(query, key, value, attn_mask, is_causal)
+        _check_mask_dtypes(query, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
+        if not batched:
+            query, key, value = _together(lambda t: t.unsqueeze(0), query, key, value)
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = _together(lambda t: t.transpose(0, 1), query, key, value)
+
+        q, k, v = self._project(query, key, value)
+        mask = self._merge_masks(attn_mask, key_padding_mask, q.shape[0], q.shape[1], k.shape[1], q.dtype)
+        k, v, mask = self._append_keys(k, v, mask)
+
+        out, probs = attention_staged(
+            *(t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v)),
+            mask, self.dropout if self.training else 0.0, enable_gqa=True,
+        )
+        out = out.transpose(1, 2).flatten(2)
+        if batched and not self.batch_first:
+            out = out.transpose(0, 1)
+        out = self.out_proj(out)
+        weights = None
+        if need_weights:
+            weights = probs.mean(dim=1) if average_attn_weights else probs
+        if not batched:
+            out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return out, weights
+
+    def _check(self, query, key, value, attn_mask, is_causal):
+        """What the parent refuses beyond the number of dimensions, in its order."""
+        if is_causal and attn_mask is None:
+            raise RuntimeError(
+                "Need attn_mask if specifying the is_causal hint: pass the mask, "
+                "nn.Transformer.generate_square_subsequent_mask(length) for a causal one"
+            )
+        if query.shape[-1] != self.embed_dim:
+            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
+        if self._qkv_same_embed_dim and key.shape != value.shape:
+            raise AssertionError(f"key shape {tuple(key.shape)} does not match value shape {tuple(value.shape)}")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise AssertionError(
+                f"key's sequence and batch dims {tuple(key.shape[:-1])} do not match value's {tuple(value.shape[:-1])}"
+            )
+        for name, t, dim in (("key", key, self.kdim), ("value", value, self.vdim)):
+            if t.shape[-1] != dim:
+                error = RuntimeError if self._qkv_same_embed_dim else AssertionError
+                raise error(f"{name} must have {dim} features in its last dimension, got {tuple(t.shape)}")
+        batch_dim = 0 if self.batch_first else 1
+        if query.dim() == 3 and query.shape[batch_dim] != key.shape[batch_dim]:
+            raise RuntimeError(
+                f"query has a batch of {query.shape[batch_dim]}, key and value of {key.shape[batch_dim]} "
+                f"(dimension {batch_dim}, batch_first={self.batch_first})"
+            )
+        weight = self.out_proj.weight
+        for name, t in (("query", query), ("key", key), ("value", value)):
+            if t.device != weight.device:
+                raise RuntimeError(f"{name} is on {t.device}, the parameters are on {weight.device}")
+            if not t.is_floating_point() or (t.dtype != weight.dtype and not torch.is_autocast_enabled(t.device.type)):
+                raise RuntimeError(f"{name} must have the dtype of the parameters, {weight.dtype}, got {t.dtype}")
+
+    def _project(self, query, key, value):
+        """(q [B, L, H * D], k and v [B, S, Hk * D]), with one product for the inputs that are one tensor."""
+        E, kv = self.embed_dim, (self.num_kv_heads or self.num_heads) * self.head_dim
+        bias = self.in_proj_bias
+        if not self._qkv_same_embed_dim:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            biases = (None,) * 3 if bias is None else bias.split([E, kv, kv])
+            return [F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True)]
+        weight = self.in_proj_weight
+        if query is key and key is value:
+            return F.linear(query, weight, bias).split([E, kv, kv], dim=-1)
+        b_q, b_kv = (None, None) if bias is None else bias.split([E, 2 * kv])
+        w_q, w_kv = weight.split([E, 2 * kv])
+        q = F.linear(query, w_q, b_q)
+        if key is value:
+            return q, *F.linear(key, w_kv, b_kv).chunk(2, dim=-1)
+        b_k, b_v = (None, None) if bias is None else b_kv.chunk(2)
+        return q, *(F.linear(t, w, b) for t, w, b in zip((key, value), w_kv.chunk(2), (b_k, b_v), strict=True))
+
+    def _merge_masks(self, attn_mask, key_padding_mask, B, L, S, dtype):
+        """Both masks as one in the sense of attention_staged, with sizes 1 kept: bool (True: may attend) or floating."""
+        masks = []
+        if attn_mask is not None:
+            expected = (L, S) if attn_mask.dim() == 2 else (B * self.num_heads, L, S)
+            if attn_mask.shape != expected:
+                raise RuntimeError(
+                    f"The shape of the {attn_mask.dim()}D attn_mask is {tuple(attn_mask.shape)}, but should be {expected}."
+                )
+            masks.append(attn_mask.view(-1, self.num_heads, L, S) if attn_mask.dim() == 3 else attn_mask[None, None])
+        if key_padding_mask is not None:
+            if key_padding_mask.shape != (B, S):
+                raise AssertionError(
+                    f"Expected key_padding_mask of shape {(B, S)} (batch, keys), got {tuple(key_padding_mask.shape)}"
+                )
+            masks.append(key_padding_mask[:, None, None, :])
+        if all(mask.dtype == torch.bool for mask in masks):
+            return ~(masks[0] | masks[-1]) if masks else None
+        masks = [
+            torch.zeros_like(m, dtype=dtype).masked_fill(m, float("-inf")) if m.dtype == torch.bool else m for m in masks
+        ]
+        return masks[0] if len(masks) == 1 else masks[0] + masks[1]
+
+    def _append_keys(self, k, v, mask):
+        """add_bias_kv and add_zero_attn: one more key each, which everybody may attend to."""
+        extra = []
+        if self.bias_k is not None:
+            extra.append((self.bias_k.to(k.dtype), self.bias_v.to(v.dtype)))
+        if self.add_zero_attn:
+            extra.append((k.new_zeros(1, 1, k.shape[2]), v.new_zeros(1, 1, v.shape[2])))
+        if not extra:
+            return k, v, mask
+        k = torch.cat([k, *(bias_k.expand(k.shape[0], 1, -1) for bias_k, _ in extra)], dim=1)
+        v = torch.cat([v, *(bias_v.expand(v.shape[0], 1, -1) for _, bias_v in extra)], dim=1)
+        if mask is not None:
+            mask = F.pad(mask, (0, len(extra)), value=mask.dtype == torch.bool)
+        return k, v, mask
+
+    def _forward_nested(self, query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal):
+        """Sequences of unequal length, as nn.TransformerEncoder packs them: pad, attend, pack."""
+        if not (query.is_nested and key.is_nested and value.is_nested and self.batch_first):
+            raise AssertionError(
+                "MultiheadAttention takes NestedTensor input for all of query, key and value, with batch_first=True"
+            )
+        if key_padding_mask is not None:
+            raise AssertionError("a NestedTensor has no padding: pass key_padding_mask=None")
+        lengths = [len(t) for t in query.unbind()]
+        key_lengths = torch.tensor([len(t) for t in key.unbind()], device=key.device)
+        query, key, value = _together(lambda t: torch.nested.to_padded_tensor(t, 0.0), query, key, value)
+        padding = torch.arange(key.shape[1], device=key.device) >= key_lengths[:, None]
+        out, weights = self.forward(query, key, value, padding, need_weights, attn_mask, average, is_causal)
+        return torch.nested.as_nested_tensor([o[:n] for o, n in zip(out, lengths, strict=True)]), weights
+
+
+def _check_types(key_padding_mask, attn_mask, **inputs):
+    for name, t in inputs.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor or None, got {type(mask).__name__}")
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
+
+
+def _check_mask_dtypes(query, **masks):
+    for name, mask in masks.items():
+        expected = (torch.bool, torch.float32, query.dtype)
+        if mask is not None and mask.dtype not in expected and not torch.is_autocast_enabled(query.device.type):
+            raise RuntimeError(f"{name} must be bool, float32 or of the dtype of query, {query.dtype}, got {mask.dtype}")
+
+
+def _together(view, query, key, value):
+    """Apply a view to the three, once per tensor, so that what was one tensor stays one."""
+    q = view(query)
+    k = q if key is query else view(key)
+    return q, k, k if value is key else view(value)
+
+
+if __name__ == "__main__":
+    ours, x = TritonMultiheadAttention(48, 3, device=DEVICE), torch.randn(37, 2, 48, device=DEVICE)
+    theirs = nn.MultiheadAttention(48, 3, device=DEVICE)
+    theirs.load_state_dict(ours.state_dict())
+    error = max((a - b).abs().max().item() for a, b in zip(ours(x, x, x), theirs(x, x, x), strict=True))
+    print(f"layer {tuple(x.shape)} on {DEVICE}: max |error| {error:.1e}")

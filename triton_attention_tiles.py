@@ -1,0 +1,78 @@
+"""Tiles: the only file that builds a pointer grid, a boundary mask or a dot.
+
+    columns   0 ...... N         a matrix is (ptr, strides, shape), a tile the pair of its row and column
+    rows 0  +----+----+--+       offsets; what lies outside `shape` reads the neutral element of the caller's
+         .  |    |tile|//|       reduction (0 for a dot, -inf for a softmax) and is never written
+         M  +----+----+--+
+"""
+
+import triton
+import triton.language as tl
+
+NEG_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def load_tile(ptr, strides, shape, rows, cols, other=0.0):
+    """Tile [rows, cols] of a strided matrix; elements outside `shape` read `other`."""
+    ptrs = ptr + rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
+    return tl.load(ptrs, mask=(rows[:, None] < shape[0]) & (cols[None, :] < shape[1]), other=other)
+
+
+@triton.jit
+def store_tile(ptr, strides, shape, rows, cols, tile):
+    """Inverse of load_tile; rounds to the dtype of `ptr`."""
+    ptrs = ptr + rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(rows[:, None] < shape[0]) & (cols[None, :] < shape[1]))
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b; PRECISION says how float32 is multiplied, see dot_precision in triton_attention_launch.py."""
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def head_ptr(ptr, stride_b, stride_h, off_b, off_h):
+    """First element of one head of a [B, H, rows, cols] tensor."""
+    return ptr + off_b.to(tl.int64) * stride_b + off_h.to(tl.int64) * stride_h
+
+
+@triton.jit
+def split_program(pid, tiles, H):
+    """Program number -> (tile, off_b, off_h): tiles of one head are neighbours, so that they share it in L2.
+
+    One grid dimension: the others end at 65535 programs.
+    """
+    off_bh = pid // tiles
+    return pid % tiles, off_bh // H, off_bh % H
+
+
+@triton.jit
+def visible(rows, cols, diagonal):
+    """Causal rule for a tile: query m sees the keys n <= m + diagonal."""
+    return cols[None, :] <= rows[:, None] + diagonal
+
+
+@triton.jit
+def load_visible(ptr, strides, shape, rows, cols, diagonal, other=0.0):
+    """load_tile of what a causal query sees, rounded up to 16 keys: a mask that is constant over 16 elements
+    leaves the loads as wide as they were."""
+    ptrs = ptr + rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
+    inside = (rows[:, None] < shape[0]) & (cols[None, :] < shape[1])
+    return tl.load(ptrs, mask=inside & visible(rows, cols // 16 * 16, diagonal), other=other)
+
+
+@triton.jit
+def keep_mask(seed, off_b, off_h, rows, start_n, dropout_p, BLOCK_N: tl.constexpr):
+    """Dropout: which elements of the tile [rows, start_n : start_n + BLOCK_N] stay, each with 1 - dropout_p.
+
+    Philox (Salmon et al., SC 2011) with seven rounds, keyed by the seed and counted by (n // 4, m, h, b): its four
+    words are the four columns of a group, so an element's fate depends on (seed, b, h, m, n) and on nothing else.
+    """
+    groups = (start_n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)[None, :]
+    zero = (rows * 0).to(tl.uint32)[:, None] + groups * 0
+    c1, c2, c3 = zero + rows.to(tl.uint32)[:, None], zero + off_h.to(tl.uint32), zero + off_b.to(tl.uint32)
+    r0, r1, r2, r3 = tl.philox(seed, zero + groups, c1, c2, c3, n_rounds=7)
+    bits = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(rows.shape[0], BLOCK_N)
+    return tl.uint_to_uniform_float(bits) >= dropout_p

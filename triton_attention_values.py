@@ -1,0 +1,242 @@
+"""O = P V: each query collects the values it attends to.
+
+               V   N x Dv
+              +----+              a program owns BLOCK_M rows of O in registers and walks the keys once:
+              | v  | |            P, the large tensor, streams through shared memory exactly once, V is
+    P  M x N  +----+ v            re-read from L2
+    +----+----+----+
+    | p  | p  |////|  ->  O       causal: P is zero right of the diagonal, those tiles are never read
+    +----+----+----+
+
+The same kernel gives the product with P transposed, out = P^T X, by swapping the two strides of P: that is dV = P^T dO
+here and dK = scale * dS^T Q in triton_attention_scores.py (where dQ = scale * dS K is the plain product). In both
+directions an element of P that is exactly zero reads nothing, so a masked key never contributes its NaN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from triton_attention_launch import (
+    DEVICE, INTERPRETED, autocast, check_blocks, check_flag, check_heads, check_shape, check_tensors,
+    define_op, differentiate, dot_precision, fold, launch, tile_for, unfold,
+)
+from triton_attention_scores import Scores
+from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
+
+
+@triton.jit
+def _seen(rows, cols, diagonal, TRANSPOSED: tl.constexpr):
+    """Causal rule for a tile of P, or of P^T, whose rows are keys."""
+    return tl.trans(visible(cols, rows, diagonal)) if TRANSPOSED else visible(rows, cols, diagonal)
+
+
+@triton.jit
+def _accumulate(
+    acc, p_ptr, p_strides, v_ptr, v_strides, offs_m, offs_d, begin, end, diagonal, M, N,
+    D: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """acc += P V over the columns begin : end of P; MASKED tiles are cut by the diagonal."""
+    for start_n in range(begin, end, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        p = load_tile(p_ptr, p_strides, (M, N), offs_m, offs_n)
+        v = load_tile(v_ptr, v_strides, (N, D), offs_n, offs_d)
+        if MASKED:
+            p = tl.where(_seen(offs_m, offs_n, diagonal, TRANSPOSED), p, 0.0)
+        acc = dot(p, v, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _values_kernel(
+    p_ptr, stride_pb, stride_ph, stride_pm, stride_pn,
+    v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
+    o_ptr, stride_ob, stride_oh, stride_om, stride_od,
+    nan_ptr, scale, H, SHARE, M, N, diagonal,
+    D: tl.constexpr, SUMMED: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    col_tiles = tl.cdiv(D, BLOCK_D)
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    tile, off_b, off_h = split_program(tl.program_id(0), row_tiles * col_tiles, H)
+    row_tile = tile // col_tiles
+    if CAUSAL and not TRANSPOSED:
+        row_tile = row_tiles - 1 - row_tile  # the longest rows first, so that the last programs are short
+    start_m = row_tile * BLOCK_M
+    offs_m, offs_d = start_m + tl.arange(0, BLOCK_M), tile % col_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+
+    begin, end = 0, N  # the columns of P that some row of the tile sees
+    full_begin, full_end = 0, N  # and those that every row sees
+    if CAUSAL and TRANSPOSED:
+        begin = tl.minimum(tl.maximum(start_m - diagonal, 0), N) // BLOCK_N * BLOCK_N
+        full_begin = tl.minimum(tl.cdiv(tl.maximum(start_m + BLOCK_M - 1 - diagonal, 0), BLOCK_N) * BLOCK_N, N)
+    elif CAUSAL:
+        end = tl.minimum(tl.maximum(start_m + BLOCK_M + diagonal, 0), N)
+        full_end = tl.minimum(tl.maximum(start_m + 1 + diagonal, 0), N) // BLOCK_N * BLOCK_N
+
+    ACC: tl.constexpr = tl.float64 if p_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    for off_g in range(0, SUMMED):  # the query heads that share a key head: one, or all of its group
+        off_p = off_h * SUMMED + off_g
+        p_head = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_p)
+        v_head = head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_p // SHARE)
+        if CAUSAL and TRANSPOSED:
+            acc = _accumulate(
+                acc, p_head, (stride_pm, stride_pn), v_head, (stride_vn, stride_vd), offs_m, offs_d,
+                begin, full_begin, diagonal, M, N, D, True, TRANSPOSED, PRECISION, BLOCK_N,
+            )
+        acc = _accumulate(
+            acc, p_head, (stride_pm, stride_pn), v_head, (stride_vn, stride_vd), offs_m, offs_d,
+            full_begin, full_end, diagonal, M, N, D, False, TRANSPOSED, PRECISION, BLOCK_N,
+        )
+        if CAUSAL and not TRANSPOSED:
+            acc = _accumulate(
+                acc, p_head, (stride_pm, stride_pn), v_head, (stride_vn, stride_vd), offs_m, offs_d,
+                full_end, end, diagonal, M, N, D, True, TRANSPOSED, PRECISION, BLOCK_N,
+            )
+    o_ptr = head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h)
+    store_tile(o_ptr, (stride_om, stride_od), (M, D), offs_m, offs_d, acc * scale)
+    tl.store(nan_ptr + tl.program_id(0), tl.sum((acc != acc).to(tl.int32)) > 0)
+
+
+@triton.jit
+def _nonzero_kernel(
+    p_ptr, stride_pb, stride_ph, stride_pm, stride_pn,
+    v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
+    o_ptr, stride_ob, stride_oh, stride_om, stride_od,
+    nan_ptr, scale, H, SHARE, M, N, diagonal,
+    D: tl.constexpr, SUMMED: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):
+    """A tile of O that came out with a NaN, again, a column of P at a time: without the products 0 * NaN of a dot."""
+    parts = BLOCK_M // ROWS
+    if tl.load(nan_ptr + tl.program_id(0) // parts) != 0:
+        col_tiles, row_tiles = tl.cdiv(D, BLOCK_D), tl.cdiv(M, BLOCK_M)
+        tile, off_b, off_h = split_program(tl.program_id(0) // parts, row_tiles * col_tiles, H)
+        row_tile = tile // col_tiles
+        if CAUSAL and not TRANSPOSED:
+            row_tile = row_tiles - 1 - row_tile
+        offs_m = row_tile * BLOCK_M + tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
+        offs_d = tile % col_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+        ACC: tl.constexpr = tl.float64 if p_ptr.dtype.element_ty == tl.float64 else tl.float32
+        acc = tl.zeros([ROWS, BLOCK_D], ACC)
+        for off_g in range(0, SUMMED):
+            off_p = off_h * SUMMED + off_g
+            p_head = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_p)
+            v_head = head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_p // SHARE)
+            for n in range(0, N):
+                offs_n = n + tl.arange(0, 1)
+                p = load_tile(p_head, (stride_pm, stride_pn), (M, N), offs_m, offs_n).to(ACC)
+                v = load_tile(v_head, (stride_vn, stride_vd), (N, D), offs_n, offs_d).to(ACC)
+                if CAUSAL:
+                    p = tl.where(_seen(offs_m, offs_n, diagonal, TRANSPOSED), p, 0.0)
+                acc += tl.where(p == 0.0, 0.0, p * v)
+        o_ptr = head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h)
+        store_tile(o_ptr, (stride_om, stride_od), (M, D), offs_m, offs_d, acc * scale)
+
+
+def _values_shape(p, v, diagonal, heads, transposed, scale, dtype, block_m, block_n):
+    return v.new_empty(p.shape[0], heads, p.shape[3 if transposed else 2], v.shape[3], dtype=dtype)
+
+
+@define_op("values", fake=_values_shape)
+def values_op(
+    p: torch.Tensor, v: torch.Tensor, diagonal: int | None, heads: int, transposed: bool, scale: float,
+    dtype: torch.dtype, block_m: int | None, block_n: int | None,
+) -> torch.Tensor:
+    """scale * P V, [B, heads, M, Dv] in `dtype`, of p [B, H, M, N] and v [B, Hk, N, Dv], heads = H.
+
+    transposed: scale * P^T X, [B, heads, N, Dv], of p and x [B, H, M, Dv], summed over the groups, heads = Hk.
+    """
+    o = _values_shape(p, v, diagonal, heads, transposed, scale, dtype, block_m, block_n)
+    (B, _, M, D), H = o.shape, p.shape[1]
+    if transposed:
+        p = p.mT
+    N = p.shape[3]
+    if o.numel() == 0 or N == 0 or H == 0:
+        return o.zero_()
+    if p.dtype == torch.float64:  # a kernel's scalar arguments are float32
+        v, scale = v * scale, 1.0
+    tile = tile_for("values", p.dtype, D, diagonal is not None, block_m, block_n)
+    block_d = min(tile.BLOCK_D, max(16, triton.next_power_of_2(D)))
+    programs = B * heads * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(D, block_d)
+    has_nan = torch.empty(programs, dtype=torch.int8, device=p.device)
+    arguments = (
+        p, *p.stride(), v, *v.stride(), o, *o.stride(),
+        has_nan, scale, heads, H // v.shape[1], M, N, diagonal or 0,
+    )
+    constants = {
+        "D": D, "SUMMED": H // heads, "CAUSAL": diagonal is not None, "TRANSPOSED": transposed,
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_D": block_d,
+    }
+    launch(
+        _values_kernel, programs, *arguments, **constants,
+        BLOCK_N=tile.BLOCK_N, PRECISION=dot_precision(p.dtype, "bf16x6"), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )
+    if not INTERPRETED or has_nan.any():
+        rows = min(tile.BLOCK_M, 32)
+        launch(_nonzero_kernel, programs * tile.BLOCK_M // rows, *arguments, **constants, ROWS=rows, num_warps=4)
+    return o
+
+
+class Values(torch.autograd.Function):
+    """P V or P^T X, and its gradients; the arguments are those of values_op, the dtype is that of v."""
+
+    @staticmethod
+    def forward(p, v, diagonal, heads, transposed, scale, block_m, block_n):
+        return values_op(p, v, diagonal, heads, transposed, scale, v.dtype, block_m, block_n)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        p, v, ctx.diagonal, _, ctx.transposed, ctx.scale, *_ = inputs
+        ctx.save_for_backward(p, v)
+
+    @staticmethod
+    def backward(ctx, do):
+        (p, v), dp, dv = ctx.saved_tensors, None, None
+        if ctx.needs_input_grad[0]:
+            rows, cols = (v, do) if ctx.transposed else (do, v)
+            dp = differentiate(Scores, rows, cols, ctx.scale, ctx.diagonal, 0.0, None, None)
+        if ctx.needs_input_grad[1]:
+            dv = differentiate(Values, p, do, ctx.diagonal, v.shape[1], not ctx.transposed, ctx.scale, None, None)
+        return dp, dv, None, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, p, v, *options):
+        return unfold(info, differentiate(Values, *fold(info, in_dims, p, v), *options)), 0
+
+
+def attention_values(
+    probs: torch.Tensor, v: torch.Tensor, *, is_causal: bool = False,
+    block_m: int | None = None, block_n: int | None = None,
+) -> torch.Tensor:
+    """Weighted sums of the values, O = P V.
+
+    Args:
+        probs: weights [B, H, M, N], float16, bfloat16, float32 or float64, any strides.
+        v: values [B, Hk, N, Dv] of the same dtype; head h reads the values of head h // (H / Hk), so Hk divides H.
+        is_causal: probs is taken as zero where n > m, so that those tiles are skipped.
+        block_m, block_n: tile of P per step, powers of two from 16; the tuned table chooses if None.
+
+    Returns:
+        [B, H, M, Dv] in the dtype of v (under autocast, its dtype), accumulated in float32 (float64 for float64) and
+        rounded once. A weight of exactly zero reads nothing: 0 * NaN and 0 * inf count as 0. float32 follows
+        torch.get_float32_matmul_precision(). Differentiable, also twice.
+
+    Raises:
+        TypeError: an argument of another type or dtype. ValueError: a shape, a device, or a tile that does not fit.
+    """
+    probs, v = autocast(probs, v)
+    check_tensors(probs=probs, v=v)
+    check_shape("v", v, "B Hk N Dv", B=probs.shape[0], N=probs.shape[3])
+    check_heads("v", v.shape[1], probs.shape[1])
+    check_flag("is_causal", is_causal)
+    check_blocks(block_m=block_m, block_n=block_n)
+    diagonal = 0 if is_causal else None
+    return differentiate(Values, probs, v, diagonal, probs.shape[1], False, 1.0, block_m, block_n)
+
+
+if __name__ == "__main__":
+    p, v = torch.randn(2, 3, 37, 53, device=DEVICE).softmax(-1), torch.randn(2, 3, 53, 24, device=DEVICE)
+    error = (attention_values(p, v) - p @ v).abs().max().item()
+    print(f"values {tuple(p.shape)} x {tuple(v.shape)} on {DEVICE}: max |error| {error:.1e}")
