@@ -586,7 +586,7 @@ def test_opcheck():
         (softmax_op, (s, None, None, None, None)), (softmax_op, (s, mask, 0, None, None)),
         (softmax_backward_op, (s, s, None)), (mask_gradient_op, (s, [1, 4, 1, 7], F32)),
         (dropout_op, (s, seed, 0.5)), (values_op, (s, k, None, 4, False, 1.0, F32, None, None)),
-        (values_op, (s, q, 0, 2, True, 1.0, F64, None, None)), (dscores_op, (q, q, T(2, 2, 7, 8), s, None)),
+        (values_op, (s, q, 0, 2, True, 1.0, F64, None, None)), (dscores_op, (q.half(), q, T(2, 2, 7, 8, dtype=F16), s.half(), None)),
     ]
     for op, args in cases:
         torch.library.opcheck(op.op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
