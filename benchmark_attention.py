@@ -124,7 +124,8 @@ def values(B, H, S, D, dtype, causal, seed):
         "values PV", label(B, H, S, D, dtype, causal),
         {"triton": lambda: attention_values(p, v, is_causal=causal), "torch": lambda: p @ v},
         lambda: last_head(p).double() @ last_head(v).double(), last_head,
-        bytes=size * B * H * (S * S / (2 if causal else 1) + 2 * S * D), flops=2 * B * H * S * S * D / (2 if causal else 1),
+        bytes=size * B * H * (S * S / (2 if causal else 1) + 2 * S * D),
+        flops=2 * B * H * S * S * D / (2 if causal else 1),
     )
 
 
@@ -148,7 +149,8 @@ def staged(B, H, S, D, dtype, causal, seed):
             "torch": lambda: torch_three(q, k, v, causal),
         },
         lambda: torch_three(*(last_head(t).double() for t in (q, k, v)), causal), last_head,
-        bytes=q.element_size() * B * H * (passes * S * S + 6 * S * D), flops=4 * B * H * S * S * D / (2 if causal else 1),
+        bytes=q.element_size() * B * H * (passes * S * S + 6 * S * D),
+        flops=4 * B * H * S * S * D / (2 if causal else 1),
     )
 
 

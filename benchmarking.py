@@ -3,6 +3,8 @@
 A script asks one question. It yields Comparisons, each with its providers (who computes it) and the exact result; run()
 checks every provider, times the right ones in turns, prints a row each and writes results/<gpu>/<script>.json after
 every row, so that an interruption loses nothing. A wrong result is shown as wrong and never timed.
+
+    python3 benchmarking.py      write the README's table anew from the committed results
 """
 
 import argparse
@@ -131,15 +133,15 @@ def time_in_turns(functions, rep=40):
 
 
 def check(comparison):
-    """{provider: (error, allowed, note)}: the error against float64 is at most twice PyTorch's, plus one rounding step."""
+    """{provider: (error, allowed, note)}: the error against float64 is at most twice PyTorch's plus a rounding step."""
     import torch
 
     as_tuple = lambda x: x if isinstance(x, tuple) else (x,)  # noqa: E731
     exact = [e.double() for e in as_tuple(comparison.exact())]
     errors, verdicts = {}, {}
-    for name, provider in reversed(comparison.providers.items()):  # the yardstick first
+    for name, provider in reversed(comparison.providers.items()):  # yardstick first
         try:
-            picked = [t for t in as_tuple(comparison.pick(provider()))]
+            picked = list(as_tuple(comparison.pick(provider())))
         except (RuntimeError, ValueError, NotImplementedError) as error:
             verdicts[name] = (None, None, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
             continue
@@ -158,7 +160,10 @@ def check(comparison):
     return verdicts
 
 
-COLUMNS = f"{'what':18} {'case':34} {'provider':12} {'ms':>8} {'[20 %, 80 %]':>17} {'GB/s':>6} {'of copy':>7} {'TFLOP/s':>8} {'speed-up':>8} {'error':>8} {'allowed':>8}"
+COLUMNS = (
+    f"{'what':18} {'case':34} {'provider':13} {'ms':>8} {'[20 %, 80 %]':>17} {'GB/s':>6} {'of copy':>7} {'TFLOP/s':>8} "
+    f"{'speed-up':>8} {'error':>8} {'allowed':>8}"
+)
 
 
 def show(row):
@@ -167,7 +172,7 @@ def show(row):
     spread = "-" if row.ms is None else f"[{row.ms_20:.3f}, {row.ms_80:.3f}]"
     share = "-" if row.of_copy is None else f"{100 * row.of_copy:.1f} %"
     print(
-        f"{row.name:18} {row.case:34} {row.provider:12} {number(row.ms, '.3f'):>8} {spread:>17} "
+        f"{row.name:18} {row.case:34} {row.provider:13} {number(row.ms, '.3f'):>8} {spread:>17} "
         f"{number(row.gbps, '.0f'):>6} {share:>7} {number(row.tflops, '.1f'):>8} {number(row.speedup, '.2f'):>8} "
         f"{number(row.error, '.1e'):>8} {number(row.allowed, '.1e'):>8}  {row.note}",
         flush=True,
@@ -183,11 +188,12 @@ def run(script, comparisons, args, interpreted):
     print(" | ".join(f"{key} {value}" for key, value in info.items() if value))
     limits = {} if interpreted else ceilings()
     if interpreted:
-        print("No GPU: the kernels run in Triton's interpreter. The errors are real; times would mean nothing there.")
+        print("No GPU: the kernels run in Triton's interpreter. The errors are real; times would mean nothing.")
     else:
-        print(f"ceilings, now: copy {limits['copy_gbps']:.0f} GB/s, bfloat16 matmul {limits['matmul_tflops']:.0f} TFLOP/s")
+        copy, matmul = limits["copy_gbps"], limits["matmul_tflops"]
+        print(f"ceilings, now: copy {copy:.0f} GB/s, bfloat16 matmul {matmul:.0f} TFLOP/s")
     print("ms: median over turns; of copy: bytes that must move once / ms / copy; speed-up: over the last provider")
-    print("error: max |difference to float64| / max |float64|; allowed: twice the last provider's, plus a rounding step")
+    print("error: max |difference to float64| / max |float64|; allowed: twice the last provider's plus a rounding step")
     print(COLUMNS, flush=True)
     rows = []
     path = args.out / info["gpu"].replace(" ", "_") / f"{script}.json"
@@ -215,3 +221,37 @@ def run(script, comparisons, args, interpreted):
     if not interpreted:
         print(f"written to {path}")
     return rows
+
+
+def readme():
+    """README.md with the table between its markers made from results/NVIDIA_H200/benchmark_attention.json."""
+    text = (HERE / "README.md").read_text()
+    path = HERE / "results/NVIDIA_H200/benchmark_attention.json"
+    if not path.exists():
+        return text
+    data = json.loads(path.read_text())
+    lines = [
+        "",
+        f"{data['gpu']}, driver {data['driver']}, torch {data['torch']}, triton {data['triton']}, "
+        f"commit {data['commit']}; copy {data['copy_gbps']:.0f} GB/s, "
+        f"bfloat16 matmul {data['matmul_tflops']:.0f} TFLOP/s.",
+        "",
+        "| what | case | Triton, ms | of copy | PyTorch, ms | faster | SDPA, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = {(r["name"], r["case"], r["provider"]): r for r in data["rows"] if r["ms"]}
+    for (name, case, provider), ours in rows.items():
+        theirs = rows.get((name, case, "torch"))
+        if provider != "triton" or not theirs:
+            continue
+        sdpa = rows.get((name, case, "torch SDPA"))
+        lines.append(
+            f"| {name} | {case} | {ours['ms']:.3f} | {100 * ours['of_copy']:.0f} % | {theirs['ms']:.3f} | "
+            f"{ours['speedup']:.2f}x | {format(sdpa['ms'], '.3f') if sdpa else ''} |"
+        )
+    begin, end = "<!-- results -->", "<!-- end of results -->"
+    return text[: text.index(begin) + len(begin)] + "\n".join(lines) + "\n\n" + text[text.index(end) :]
+
+
+if __name__ == "__main__":
+    (HERE / "README.md").write_text(readme())

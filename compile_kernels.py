@@ -3,8 +3,8 @@
     python3 compile_kernels.py [--targets sm_90 gfx942 ...]
 
 Each launcher runs as usual, but its launches end after the compiler (Triton carries ptxas and LLVM for all targets).
-A row is a kernel: registers a thread, instructions that spill them to memory, shared memory. Spills, or more shared memory than the
-GPU has, are an error (exit 1). Takes two minutes on two cores the first time; Triton caches the results.
+A row is a kernel: registers a thread, instructions that spill them to memory, shared memory. Spills, or more shared
+memory than the GPU has, are an error (exit 1). Minutes on two cores the first time; Triton caches the results.
 """
 
 import argparse
@@ -27,13 +27,12 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 import triton_attention_launch  # noqa: E402
 from triton_attention_backward import dscores_op  # noqa: E402
 from triton_attention_scores import scores_op  # noqa: E402
-from triton_attention_softmax import dropout_op, mask_gradient_op, softmax_backward_op, softmax_op  # noqa: E402
+from triton_attention_softmax import dropout_op, mask_gradient_op, softmax_backward_op, softmax_mean_op, softmax_op  # noqa: E402
 from triton_attention_values import values_op  # noqa: E402
 
 # shared memory a program may take, KiB: CUDA C++ Programming Guide, table "Technical Specifications per Compute
 # Capability" (maximum per thread block); AMD CDNA3 ISA, LDS
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
-FLAGS = ("--dump-resource-usage", "--dump-sass")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -74,38 +73,45 @@ def compiling_for(name):
         JITFunction.run = run
 
 
+def cuobjdump(cubin, option):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
 def usage(kernel):
     """(registers a thread, loads and stores that spill), from the machine code."""
     if "cubin" in kernel.asm:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            dump = [subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True).stdout for flag in FLAGS]
-        return int(re.search(r"REG:(\d+)", dump[0]).group(1)), len(re.findall(r"\b(?:STL|LDL)\b", dump[1]))
+        resources = cuobjdump(kernel.asm["cubin"], "--dump-resource-usage")
+        registers, stack = (int(re.search(rf"{field}:(\d+)", resources).group(1)) for field in ("REG", "STACK"))
+        code = cuobjdump(kernel.asm["cubin"], "--dump-sass") if stack else ""
+        return registers, len(re.findall(r"\b(?:STL|LDL)\b", code))
     text = kernel.asm["amdgcn"]
-    registers, spills = (int(re.search(rf"\.{f}:\s*(\d+)", text).group(1)) for f in ("vgpr_count", "vgpr_spill_count"))
-    return registers, spills
+    return tuple(int(re.search(rf"\.{f}:\s*(\d+)", text).group(1)) for f in ("vgpr_count", "vgpr_spill_count"))
 
 
 def launches():
-    """Every launcher with the arguments that choose a different build: (label, launcher, arguments)."""
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    """Every launcher with the arguments that choose another build: (label, launcher, arguments). float16 is built as
+    bfloat16 is."""
+    for dtype, D in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64), (torch.float64, 64)):
         name = str(dtype).removeprefix("torch.")
-        for D in (64, 128) if dtype != torch.float64 else (64,):
-            q, s = torch.zeros(1, 2, 256, D, dtype=dtype), torch.zeros(1, 2, 256, 256, dtype=dtype)
-            for diagonal in (None, 0):
-                label = f"{name} D{D}{'' if diagonal is None else ' causal'}"
-                yield f"scores {label}", scores_op, (q, q, 0.125, diagonal, diagonal, None, None)
-                yield f"values {label}", values_op, (s, q, diagonal, 2, False, 1.0, dtype, None, None)
-                yield f"values^T {label}", values_op, (s, q, diagonal, 2, True, 1.0, dtype, None, None)
-                if dtype.itemsize == 2:
-                    yield f"dscores {label}", dscores_op, (q, q.float(), q, s, diagonal)
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        q, s = torch.zeros(1, 2, 256, D, dtype=dtype), torch.zeros(1, 2, 256, 256, dtype=dtype)
+        for diagonal in (None, 0) if dtype == torch.bfloat16 else (None,):
+            label = f"{name} D{D}{'' if diagonal is None else ' causal'}"
+            yield f"scores {label}", scores_op, (q, q, 0.125, diagonal, diagonal, None, None)
+            yield f"values {label}", values_op, (s, q, diagonal, 2, False, 1.0, dtype, None, None)
+            yield f"values^T {label}", values_op, (s, q, diagonal, 2, True, 1.0, dtype, None, None)
+            if dtype == torch.bfloat16:
+                yield f"dscores {label}", dscores_op, (q, q.float(), q, s, diagonal)
+    for dtype, lengths in ((torch.bfloat16, (4096, 32768)), (torch.float32, (16384,)), (torch.float64, (8192,))):
         name = str(dtype).removeprefix("torch.")
-        for N in (128, 4096, 16384, 32768):
+        for N in lengths:
             s, bias = torch.zeros(1, 1, 16, N, dtype=dtype), torch.zeros(1, 1, 1, N, dtype=dtype)
             yield f"softmax {name} N{N} causal + bias", softmax_op, (s, bias, 0, None, None)
             yield f"softmax backward {name} N{N}", softmax_backward_op, (s, s, None)
+            if N <= 8192:
+                yield f"softmax mean {name} N{N}", softmax_mean_op, (s, None, None)
         yield f"mask gradient {name}", mask_gradient_op, (s, [1, 1, 1, N], dtype)
         yield f"dropout {name}", dropout_op, (s, torch.zeros(1, dtype=torch.int64), 0.1)
 
@@ -127,7 +133,7 @@ def rows(name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--targets", nargs="+", choices=SHARED_KIB, default=list(SHARED_KIB), help="GPUs to compile for")
+    parser.add_argument("--targets", nargs="+", choices=SHARED_KIB, default=list(SHARED_KIB), help="GPUs")
     targets = parser.parse_args().targets
     print(f"{'GPU':7} {'kernel':42} {'registers':>9} {'spills':>9} {'shared KiB':>10}")
     bad = 0

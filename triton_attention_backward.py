@@ -6,8 +6,9 @@
       +----+    +----+----+    at a time         dO * O, two small tensors, and dP never leaves the registers
 
 Bytes that must move per element of S: 2 (read P, write dS) instead of 6. The identity is FlashAttention's (Dao et al.,
-2022, appendix B.2); attention_staged uses it for 16-bit inputs where no dropout, no gradient of the weights or of a mask and no second
-derivative is in the way. In float32 dP - rowsum(dO * O) loses digits that P * (dP - rowsum(P * dP)) keeps.
+2022, appendix B.2); attention_staged uses it for 16-bit inputs
+where no dropout, no gradient of the weights or of a mask and no second derivative is in the way. In float32
+dP - rowsum(dO * O) loses digits that dP - rowsum(P * dP) keeps.
 """
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 from triton_attention_launch import define_op, differentiate, dot_precision, fold, launch, tile_for, unfold
-from triton_attention_scores import SPAN, Scores, scores_op
+from triton_attention_scores import Scores, scores_op
 from triton_attention_softmax import MaskGradient, SoftmaxBackward, softmax_op
 from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile
 from triton_attention_values import Values, values_op
@@ -73,19 +74,19 @@ def _dscores_kernel(
 def dscores_op(
     do: torch.Tensor, o: torch.Tensor, v: torch.Tensor, probs: torch.Tensor, diagonal: int | None
 ) -> torch.Tensor:
-    """dS like probs [B, H, M, N], of do and o [B, H, M, Dv], v [B, Hk, N, Dv]; unwritten in tiles above the diagonal."""
-    (B, H, M, N), D, ds = probs.shape, v.shape[3], probs.new_empty(probs.shape)
+    """dS like probs [B, H, M, N], of do and o [B, H, M, Dv], v [B, Hk, N, Dv]; unwritten in future tiles."""
+    (B, H, M, N), D, ds = probs.shape, int(v.shape[3]), probs.new_empty(probs.shape)
     if ds.numel() == 0:
         return ds
     tile = tile_for("dscores", probs.dtype, D, diagonal is not None)
-    programs = B * H * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N * SPAN)
+    programs = B * H * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N * tile.SPAN)
     launch(
         _dscores_kernel, programs,
         do, *do.stride(), o, *o.stride(), v, *v.stride(), probs, *probs.stride(), ds, *ds.stride(),
         H, H // v.shape[1], M, N, diagonal or 0,
         D=D, CAUSAL=diagonal is not None, PRECISION=dot_precision(probs.dtype),
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=min(tile.BLOCK_D, max(16, triton.next_power_of_2(D))),
-        SPAN=SPAN, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        SPAN=tile.SPAN, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )
     return ds
 

@@ -68,14 +68,20 @@ def describe_device():
 
 def _must_dispatch(args):
     """Whether somebody (torch.compile, a dispatch mode, vmap, a tensor subclass) has to see the operator."""
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or any(isinstance(a, torch.Tensor) and type(a) not in (torch.Tensor, torch.nn.Parameter) for a in args)
-        or any(isinstance(a, torch.Tensor) and a.device.type == "meta" for a in args)
-    )
+    ):
+        return True
+    for a in args:
+        if type(a) is torch.Tensor or type(a) is torch.nn.Parameter:
+            if a.is_meta:
+                return True
+        elif isinstance(a, torch.Tensor):
+            return True
+    return False
 
 
 def _without_bfloat16(launcher):
@@ -83,12 +89,14 @@ def _without_bfloat16(launcher):
 
     @functools.wraps(launcher)
     def run(*args):
-        dtypes = [a if isinstance(a, torch.dtype) else a.dtype for a in args if isinstance(a, (torch.dtype, torch.Tensor))]
-        dtype = next((a for a in args if isinstance(a, torch.dtype)), dtypes[0])
-        if torch.bfloat16 not in dtypes:
+        asked = [a for a in args if isinstance(a, torch.dtype)]
+        dtypes = [a.dtype for a in args if isinstance(a, torch.Tensor)]
+        if torch.bfloat16 not in asked + dtypes:
             return launcher(*args)
+        dtype = (asked + dtypes)[0]
         args = [a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args]
-        return launcher(*(torch.float32 if a is torch.bfloat16 else a for a in args)).to(dtype)
+        out = launcher(*(torch.float32 if a is torch.bfloat16 else a for a in args))
+        return tuple(o.to(dtype) for o in out) if isinstance(out, tuple) else out.to(dtype)
 
     return run
 
@@ -181,10 +189,11 @@ def architecture():
 @functools.lru_cache
 def _tuned(op, arch, bits, head_dim, causal):
     """The table's row for the smallest head dim that holds ours, the widest one past the table's end."""
-    for name in (arch, "any"):
-        rows = {key[3]: tile for key, tile in tuned.TILES.items() if key[:3] == (op, name, bits) and key[4] in (causal, None)}
-        if rows:
-            return rows[min((d for d in rows if d >= head_dim), default=max(rows))]
+    for where in (arch, "any"):
+        for name in (op, op.removesuffix(" transposed")):
+            rows = {k[3]: t for k, t in tuned.TILES.items() if k[:3] == (name, where, bits) and k[4] in (causal, None)}
+            if rows:
+                return rows[min((d for d in rows if d >= head_dim), default=max(rows))]
     raise KeyError(f"no tile for {op}, {bits} bits")
 
 
@@ -197,7 +206,8 @@ def tile_for(op, dtype, head_dim, causal, block_m=None, block_n=None) -> tuned.T
     if block_m is None and block_n is None:
         return tile
     block_m, block_n = block_m or tile.BLOCK_M, block_n or tile.BLOCK_N
-    return tile._replace(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8 if block_m * block_n > 1 << 13 else 4, num_stages=2)
+    num_warps = 8 if block_m * block_n > 1 << 13 else 4
+    return tile._replace(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=2)
 
 
 def dot_precision(dtype, exact="tf32x3"):

@@ -16,9 +16,9 @@ from triton_attention_launch import (
     DEVICE, autocast, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape, check_tensors,
     differentiate,
 )
-from triton_attention_scores import Scores
-from triton_attention_softmax import softmax_dropout
-from triton_attention_values import Values
+from triton_attention_scores import Scores, scores_op
+from triton_attention_softmax import ONE_PASS, softmax_dropout, softmax_mean_op
+from triton_attention_values import Values, values_op
 
 
 def attention_staged(
@@ -43,6 +43,11 @@ def attention_staged(
     Raises:
         TypeError: an argument of another type or dtype. ValueError: a shape, a value or a device.
     """
+    return _attend(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _attend(q, k, v, attn_mask, dropout_p, is_causal=False, scale=None, enable_gqa=True, average=False):
+    """attention_staged; with average the weights come as their mean over the heads, [B, M, N]."""
     q, k, v = autocast(q, k, v)
     check_tensors(q=q, k=k, v=v)
     (B, H, M, D), (Hk, N) = q.shape, k.shape[1:3]
@@ -53,13 +58,18 @@ def attention_staged(
     mask, diagonal = check_mask(attn_mask, is_causal, (B, H, M, N), q.device)
     scale, dropout_p = check_scale(scale, D), check_dropout(dropout_p)
 
-    if dropout_p == 0.0:
+    if dropout_p > 0.0:
+        scores = differentiate(Scores, q, k, scale, diagonal, None, None, None)
+        probs = softmax_dropout(scores, mask, diagonal, dropout_p)
+        out = differentiate(Values, probs, v, diagonal, H, False, 1.0, None, None)
+    elif average and not torch.is_grad_enabled() and N <= ONE_PASS // 2 and not torch.compiler.is_compiling():
+        probs, mean = softmax_mean_op(scores_op(q, k, scale, diagonal, None, None, None), mask, diagonal)
+        return values_op(probs, v, diagonal, H, False, 1.0, v.dtype, None, None), mean
+    else:
         wide = q.dtype.itemsize == 2 and torch.is_grad_enabled()
         out, probs = differentiate(Staged, q, k, v, mask, diagonal, scale, torch.float32 if wide else q.dtype)
-        return out.to(q.dtype), probs
-    scores = differentiate(Scores, q, k, scale, diagonal, None, None, None)
-    probs = softmax_dropout(scores, mask, diagonal, dropout_p)
-    return differentiate(Values, probs, v, diagonal, H, False, 1.0, None, None), probs
+        out = out.to(q.dtype)
+    return out, probs.mean(dim=1) if average else probs
 
 
 def _keep_off_the_native_path(module, args):
@@ -151,20 +161,17 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
         mask = self._merge_masks(attn_mask, key_padding_mask, q.shape[0], q.shape[1], k.shape[1], q.dtype)
         k, v, mask = self._append_keys(k, v, mask)
 
-        out, probs = attention_staged(
+        out, weights = _attend(
             *(t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v)),
-            mask, self.dropout if self.training else 0.0, enable_gqa=True,
+            mask, self.dropout if self.training else 0.0, average=need_weights and average_attn_weights,
         )
         out = out.transpose(1, 2).flatten(2)
         if batched and not self.batch_first:
             out = out.transpose(0, 1)
         out = self.out_proj(out)
-        weights = None
-        if need_weights:
-            weights = probs.mean(dim=1) if average_attn_weights else probs
         if not batched:
-            out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return out, weights
+            out, weights = out.squeeze(0), weights.squeeze(0)
+        return out, weights if need_weights else None
 
     def _check(self, query, key, value, attn_mask, is_causal):
         """What the parent refuses beyond the number of dimensions, in its order."""
@@ -218,13 +225,14 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
         return q, *(F.linear(t, w, b) for t, w, b in zip((key, value), w_kv.chunk(2), (b_k, b_v), strict=True))
 
     def _merge_masks(self, attn_mask, key_padding_mask, B, L, S, dtype):
-        """Both masks as one in the sense of attention_staged, with sizes 1 kept: bool (True: may attend) or floating."""
+        """Both masks as one for attention_staged, with sizes 1 kept: bool (True: may attend) or floating."""
         masks = []
         if attn_mask is not None:
             expected = (L, S) if attn_mask.dim() == 2 else (B * self.num_heads, L, S)
             if attn_mask.shape != expected:
                 raise RuntimeError(
-                    f"The shape of the {attn_mask.dim()}D attn_mask is {tuple(attn_mask.shape)}, but should be {expected}."
+                    f"The shape of the {attn_mask.dim()}D attn_mask is {tuple(attn_mask.shape)}, "
+                    f"but should be {expected}."
                 )
             masks.append(attn_mask.view(-1, self.num_heads, L, S) if attn_mask.dim() == 3 else attn_mask[None, None])
         if key_padding_mask is not None:
@@ -236,7 +244,8 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
         if all(mask.dtype == torch.bool for mask in masks):
             return ~(masks[0] | masks[-1]) if masks else None
         masks = [
-            torch.zeros_like(m, dtype=dtype).masked_fill(m, float("-inf")) if m.dtype == torch.bool else m for m in masks
+            torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else mask
+            for mask in masks
         ]
         return masks[0] if len(masks) == 1 else masks[0] + masks[1]
 
@@ -288,7 +297,7 @@ def _check_mask_dtypes(query, **masks):
     for name, mask in masks.items():
         expected = (torch.bool, torch.float32, query.dtype)
         if mask is not None and mask.dtype not in expected and not torch.is_autocast_enabled(query.device.type):
-            raise RuntimeError(f"{name} must be bool, float32 or of the dtype of query, {query.dtype}, got {mask.dtype}")
+            raise RuntimeError(f"{name} must be bool, float32 or {query.dtype} as query, got {mask.dtype}")
 
 
 def _together(view, query, key, value):

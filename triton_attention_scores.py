@@ -23,16 +23,14 @@ from triton_attention_launch import (
 )
 from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
 
-SPAN = 16  # key tiles a program walks: enough to hide the load of q, few enough to fill the GPU evenly
-
 
 @triton.jit
 def _scores_kernel(
     q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     s_ptr, stride_sb, stride_sh, stride_sm, stride_sn,
-    scale, H, GROUP, M, N, diagonal, fill,
-    D: tl.constexpr, CAUSAL: tl.constexpr, FILLED: tl.constexpr, PRECISION: tl.constexpr,
+    scale, H, GROUP, M, N, diagonal,
+    D: tl.constexpr, CAUSAL: tl.constexpr, FILLED: tl.constexpr, MINUS_INF: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr,
 ):
     row_tiles, spans = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N * SPAN)
@@ -47,6 +45,7 @@ def _scores_kernel(
     offs_m, offs_d = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     q = load_tile(q_ptr, (stride_qm, stride_qd), (M, D), offs_m, offs_d)
 
+    fill = float("-inf") if MINUS_INF else 0.0
     last_n = tl.minimum(first_n + BLOCK_N * SPAN, N)
     end_n = last_n
     if CAUSAL:  # the last query of the tile sees the keys below end_n
@@ -79,8 +78,8 @@ def scores_op(
     q: torch.Tensor, k: torch.Tensor, scale: float, diagonal: int | None, fill: float | None,
     block_m: int | None, block_n: int | None,
 ) -> torch.Tensor:
-    """S [B, H, M, N] of q [B, H, M, D] and k [B, Hk, N, D]; above the diagonal it is `fill`, unwritten if None."""
-    (B, H, M, D), (Hk, N) = q.shape, k.shape[1:3]
+    """S [B, H, M, N] of q [B, H, M, D] and k [B, Hk, N, D]; the future is `fill`, 0 or -inf, or unwritten if None."""
+    (B, H, M), D, (Hk, N) = q.shape[:3], int(q.shape[3]), k.shape[1:3]
     s = q.new_empty(B, H, M, N)
     if s.numel() == 0:
         return s
@@ -90,14 +89,15 @@ def scores_op(
     if q.dtype == torch.float64:  # a kernel's scalar arguments are float32
         q, scale = q * scale, 1.0
     tile = tile_for("scores", q.dtype, D, diagonal is not None, block_m, block_n)
-    programs = B * H * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N * SPAN)
+    programs = B * H * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N * tile.SPAN)
     launch(
         _scores_kernel, programs,
         q, *q.stride(), k, *k.stride(), s, *s.stride(),
-        scale, H, H // Hk, M, N, diagonal or 0, fill or 0.0,
-        D=D, CAUSAL=diagonal is not None, FILLED=fill is not None, PRECISION=dot_precision(q.dtype),
+        scale, H, H // Hk, M, N, diagonal or 0,
+        D=D, CAUSAL=diagonal is not None, FILLED=fill is not None, MINUS_INF=bool(fill),
+        PRECISION=dot_precision(q.dtype),
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=min(tile.BLOCK_D, max(16, triton.next_power_of_2(D))),
-        SPAN=SPAN, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        SPAN=tile.SPAN, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )
     return s
 

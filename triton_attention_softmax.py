@@ -6,7 +6,7 @@
 
 A row of up to ONE_PASS keys stays in registers: read once, written once, which is the floor. Longer rows are walked
 twice in tiles; the first walk rescales l_i whenever m_i grows (Milakov and Gimelshein, "Online normalizer calculation
-for softmax", 2018). A row that sees no key gives zeros. The gradient, dS = P * (dP - rowsum(P * dP)), has the same shape.
+for softmax", 2018). A row that sees no key gives zeros. The gradient dS = P * (dP - rowsum(P * dP)) is built alike.
 """
 
 import torch
@@ -17,9 +17,9 @@ from triton_attention_launch import (
     DEVICE, INTERPRETED, check_blocks, check_dropout, check_mask, check_tensors,
     define_op, differentiate, fold, launch, unfold,
 )
-from triton_attention_tiles import NEG_INF, head_ptr, keep_mask, load_tile, load_visible, split_program, store_tile, visible
+from triton_attention_tiles import head_ptr, keep_mask, load_tile, load_visible, split_program, store_tile, visible
 
-ONE_PASS = 16384  # keys of a row that fit the registers of a program
+ONE_PASS = 16384  # keys of a row that fit the registers of a program; half as many in float64
 
 
 
@@ -38,19 +38,35 @@ def _logits(
     ACC: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):
     """Tile of S + mask; where the mask forbids a key it is -inf, whatever S holds there."""
-    s = _load_scores(s_ptr, s_strides, M, N, offs_m, offs_n, diagonal, NEG_INF, CAUSAL).to(ACC)
+    s = _load_scores(s_ptr, s_strides, M, N, offs_m, offs_n, diagonal, float("-inf"), CAUSAL).to(ACC)
     if HAS_MASK:
-        s = tl.where(load_tile(mask_ptr, mask_strides, (M, N), offs_m, offs_n, 0) != 0, s, NEG_INF)
+        s = tl.where(load_tile(mask_ptr, mask_strides, (M, N), offs_m, offs_n, 0) != 0, s, float("-inf"))
     if HAS_BIAS:
-        bias = load_tile(mask_ptr, mask_strides, (M, N), offs_m, offs_n, NEG_INF).to(ACC)
-        s = tl.where(bias == NEG_INF, NEG_INF, s + bias)
+        bias = load_tile(mask_ptr, mask_strides, (M, N), offs_m, offs_n, float("-inf")).to(ACC)
+        s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
     return s
 
 
 @triton.jit
 def _finite(m):
     """The maximum of a row as something to subtract: 0 where every key is masked, -inf - -inf is NaN."""
-    return tl.where(m == NEG_INF, 0.0, m)
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def _whole_rows(
+    s_ptr, s_strides, mask_ptr, mask_strides, p_ptr, p_strides, M, N, offs_m, offs_n, diagonal,
+    ACC: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
+):
+    """Softmax of rows that fit a tile: one load, one store. Returns what it stored, unrounded."""
+    s = _logits(
+        s_ptr, s_strides, mask_ptr, mask_strides, M, N, offs_m, offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS
+    )
+    p = tl.exp(s - _finite(tl.max(s, 1))[:, None])
+    l_i = tl.sum(p, 1)
+    p *= (1.0 / tl.where(l_i == 0.0, 1.0, l_i))[:, None]
+    store_tile(p_ptr, p_strides, (M, N), offs_m, offs_n, p)
+    return p
 
 
 @triton.jit
@@ -62,7 +78,8 @@ def _softmax_kernel(
     CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    tile, off_b, off_h = split_program(tl.program_id(0), tl.cdiv(M, BLOCK_M), H)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: the end of S is what L2 still holds
+    tile, off_b, off_h = split_program(pid, tl.cdiv(M, BLOCK_M), H)
     s_ptr = head_ptr(s_ptr, stride_sb, stride_sh, off_b, off_h)
     p_ptr = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h)
     if HAS_MASK or HAS_BIAS:
@@ -73,18 +90,15 @@ def _softmax_kernel(
     start_m = tile * BLOCK_M
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     if WHOLE_ROW:
-        s = _logits(
-            s_ptr, s_strides, mask_ptr, mask_strides, M, N, offs_m, offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS
+        _whole_rows(
+            s_ptr, s_strides, mask_ptr, mask_strides, p_ptr, p_strides, M, N, offs_m, offs_n, diagonal,
+            ACC, CAUSAL, HAS_MASK, HAS_BIAS,
         )
-        p = tl.exp(s - _finite(tl.max(s, 1))[:, None])
-        l_i = tl.sum(p, 1)
-        p *= (1.0 / tl.where(l_i == 0.0, 1.0, l_i))[:, None]
-        store_tile(p_ptr, p_strides, (M, N), offs_m, offs_n, p)
     else:
         end_n = N
         if CAUSAL:
             end_n = tl.minimum(start_m + BLOCK_M + diagonal, N)
-        m_i = tl.full([BLOCK_M], NEG_INF, ACC)
+        m_i = tl.full([BLOCK_M], float("-inf"), ACC)
         l_i = tl.zeros([BLOCK_M], ACC)
         for start_n in range(0, end_n, BLOCK_N):
             s = _logits(
@@ -102,6 +116,37 @@ def _softmax_kernel(
             )
             p = tl.exp(s - m_i[:, None]) * l_i[:, None]
             store_tile(p_ptr, p_strides, (M, N), offs_m, start_n + offs_n, p)
+
+
+@triton.jit
+def _softmax_mean_kernel(
+    s_ptr, stride_sb, stride_sh, stride_sm, stride_sn,
+    mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
+    p_ptr, stride_pb, stride_ph, stride_pm, stride_pn,
+    mean_ptr, H, M, N, diagonal,
+    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """The same rows of all heads, one after the other, and their mean [B, M, N] from the registers that hold them."""
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile, off_b, _ = split_program(pid, tl.cdiv(M, BLOCK_M), 1)
+    s_strides, mask_strides, p_strides = (stride_sm, stride_sn), (stride_am, stride_an), (stride_pm, stride_pn)
+    ACC: tl.constexpr = tl.float64 if s_ptr.dtype.element_ty == tl.float64 else tl.float32
+
+    offs_m, offs_n = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    for h in range(0, H):
+        off_h = off_b * 0 + h
+        s_head = head_ptr(s_ptr, stride_sb, stride_sh, off_b, off_h)
+        p_head = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h)
+        mask_head = mask_ptr
+        if HAS_MASK or HAS_BIAS:
+            mask_head = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
+        total += _whole_rows(
+            s_head, s_strides, mask_head, mask_strides, p_head, p_strides, M, N, offs_m, offs_n, diagonal,
+            ACC, CAUSAL, HAS_MASK, HAS_BIAS,
+        )
+    mean_ptr += off_b.to(tl.int64) * M * N
+    store_tile(mean_ptr, (N, 1), (M, N), offs_m, offs_n, total / H)
 
 
 @triton.jit
@@ -199,15 +244,26 @@ def _dropout_kernel(
 
 def _row_tile(scores, causal, block_m=None, block_n=None):
     """BLOCK_M rows x BLOCK_N keys, and the warps that hold them: 1024 elements each, 512 where all are visible."""
-    N, widest = scores.shape[3], block_n or ONE_PASS // max(1, scores.element_size() // 4)
-    block_n = triton.next_power_of_2(N) if N <= widest else block_n or 4096
+    N, wide = scores.shape[3], scores.element_size() // 8  # 1 for float64
+    whole_row = N <= (block_n or ONE_PASS >> wide)
+    block_n = int(triton.next_power_of_2(N)) if whole_row else block_n or 4096 >> wide  # int: also of a SymInt
     block_m = block_m or max(1, (1 << 16 if INTERPRETED else 1 << 11) // block_n)
     num_warps = min(max(block_m * block_n // (1024 if causal else 512), 4), 16)
-    return {"WHOLE_ROW": N <= block_n, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps}
+    return {"WHOLE_ROW": whole_row, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps}
 
 
 def _like_first(x, *others):
     return x.new_empty(x.shape)
+
+
+def _softmax_arguments(scores, mask, diagonal, probs):
+    """What the two kernels share: (arguments up to the strides of P, constants)."""
+    has_mask = mask is not None and mask.dtype == torch.bool
+    strides = (0, 0, 0, 0) if mask is None else mask.expand(scores.shape).stride()
+    mask = mask.view(torch.uint8) if has_mask else mask
+    arguments = (scores, *scores.stride(), mask, *strides, probs, *probs.stride())
+    has_bias = mask is not None and not has_mask
+    return arguments, {"CAUSAL": diagonal is not None, "HAS_MASK": has_mask, "HAS_BIAS": has_bias}
 
 
 @define_op("softmax", fake=_like_first)
@@ -218,16 +274,28 @@ def softmax_op(
     (B, H, M, N), probs = scores.shape, scores.new_empty(scores.shape)
     if probs.numel() == 0:
         return probs
-    has_mask = mask is not None and mask.dtype == torch.bool
-    strides = (0, 0, 0, 0) if mask is None else mask.expand(scores.shape).stride()
+    arguments, constants = _softmax_arguments(scores, mask, diagonal, probs)
     tile = _row_tile(scores, diagonal is not None, block_m, block_n)
-    launch(
-        _softmax_kernel, B * H * triton.cdiv(M, tile["BLOCK_M"]),
-        scores, *scores.stride(), mask.view(torch.uint8) if has_mask else mask, *strides, probs, *probs.stride(),
-        H, M, N, diagonal or 0,
-        CAUSAL=diagonal is not None, HAS_MASK=has_mask, HAS_BIAS=mask is not None and not has_mask, **tile,
-    )
+    programs = B * H * triton.cdiv(M, tile["BLOCK_M"])
+    launch(_softmax_kernel, programs, *arguments, H, M, N, diagonal or 0, **constants, **tile)
     return probs
+
+
+@define_op("softmax_mean", fake=lambda s, mask, diagonal: (s.new_empty(s.shape), s.new_empty(s[:, 0].shape)))
+def softmax_mean_op(
+    scores: torch.Tensor, mask: torch.Tensor | None, diagonal: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(P like scores [B, H, M, N], its mean over the heads [B, M, N]), for N <= ONE_PASS / 2."""
+    (B, H, M, N), probs = scores.shape, scores.new_empty(scores.shape)
+    mean = scores.new_empty(B, M, N)
+    if probs.numel() == 0:
+        return probs, mean
+    arguments, constants = _softmax_arguments(scores, mask, diagonal, probs)
+    tile = _row_tile(scores, diagonal is not None)
+    del tile["WHOLE_ROW"]
+    programs = B * triton.cdiv(M, tile["BLOCK_M"])
+    launch(_softmax_mean_kernel, programs, *arguments, mean, H, M, N, diagonal or 0, **constants, **tile)
+    return probs, mean
 
 
 @define_op("softmax_backward", fake=_like_first)
@@ -253,9 +321,9 @@ def mask_gradient_op(ds: torch.Tensor, shape: list[int], dtype: torch.dtype) -> 
         return grad.zero_()
     sums = [g == 1 for g in shape]
     launch(
-        _mask_grad_kernel, shape[0] * shape[1] * triton.cdiv(shape[2], 32) * triton.cdiv(shape[3], 128),
+        _mask_grad_kernel, shape[0] * shape[1] * triton.cdiv(shape[2], 16) * triton.cdiv(shape[3], 128),
         ds, *ds.stride(), grad, *grad.stride(), B, H, M, N, *shape[1:],
-        SUM_B=sums[0], SUM_H=sums[1], SUM_M=sums[2], SUM_N=sums[3], BLOCK_M=32, BLOCK_N=128, num_warps=4,
+        SUM_B=sums[0], SUM_H=sums[1], SUM_M=sums[2], SUM_N=sums[3], BLOCK_M=16, BLOCK_N=128, num_warps=4,
     )
     return grad
 

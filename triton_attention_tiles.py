@@ -9,9 +9,6 @@
 import triton
 import triton.language as tl
 
-NEG_INF = tl.constexpr(float("-inf"))
-
-
 @triton.jit
 def load_tile(ptr, strides, shape, rows, cols, other=0.0):
     """Tile [rows, cols] of a strided matrix; elements outside `shape` read `other`."""

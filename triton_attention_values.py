@@ -149,7 +149,7 @@ def values_op(
     transposed: scale * P^T X, [B, heads, N, Dv], of p and x [B, H, M, Dv], summed over the groups, heads = Hk.
     """
     o = _values_shape(p, v, diagonal, heads, transposed, scale, dtype, block_m, block_n)
-    (B, _, M, D), H = o.shape, p.shape[1]
+    (B, _, M), D, H = o.shape[:3], int(o.shape[3]), p.shape[1]
     if transposed:
         p = p.mT
     N = p.shape[3]
@@ -157,7 +157,7 @@ def values_op(
         return o.zero_()
     if p.dtype == torch.float64:  # a kernel's scalar arguments are float32
         v, scale = v * scale, 1.0
-    tile = tile_for("values", p.dtype, D, diagonal is not None, block_m, block_n)
+    tile = tile_for("values transposed" if transposed else "values", p.dtype, D, diagonal is not None, block_m, block_n)
     block_d = min(tile.BLOCK_D, max(16, triton.next_power_of_2(D)))
     programs = B * heads * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(D, block_d)
     has_nan = torch.empty(programs, dtype=torch.int8, device=p.device)
@@ -171,7 +171,8 @@ def values_op(
     }
     launch(
         _values_kernel, programs, *arguments, **constants,
-        BLOCK_N=tile.BLOCK_N, PRECISION=dot_precision(p.dtype, "bf16x6"), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        BLOCK_N=tile.BLOCK_N, PRECISION=dot_precision(p.dtype, "bf16x6"),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )
     if not INTERPRETED or has_nan.any():
         rows = min(tile.BLOCK_M, 32)
