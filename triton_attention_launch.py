@@ -53,7 +53,7 @@ import triton_attention_tuned as tuned  # noqa: E402
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_TILE = 1 << 20  # elements of one tensor in a kernel, Triton's own limit
+MAX_TILE = 1 << 20 if INTERPRETED else 1 << 16  # elements: Triton's own limit, and the registers of a multiprocessor
 
 
 def describe_device():
@@ -66,13 +66,14 @@ def describe_device():
 # ---- operators
 
 
-def _must_dispatch(args):
+def must_dispatch(args):
     """Whether somebody (torch.compile, a dispatch mode, vmap, a tensor subclass) has to see the operator."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
     ):
         return True
     for a in args:
@@ -118,7 +119,7 @@ def define_op(name, fake):
 
         @functools.wraps(launcher)
         def call(*args):
-            return op(*args) if _must_dispatch(args) else launcher(*args)
+            return op(*args) if must_dispatch(args) else launcher(*args)
 
         call.op = op
         return call
@@ -143,7 +144,7 @@ def launch(kernel, programs, *args, **constants):
     if INTERPRETED:
         with numpy.errstate(all="ignore"):  # numpy warns of inf - inf, a GPU does not
             return kernel[(programs,)](*args, **constants)
-    if _must_dispatch(args[:1]):
+    if must_dispatch(args[:1]):
         kernel = torch.library.wrap_triton(kernel)
     device = args[0].device
     elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
@@ -277,7 +278,7 @@ def check_scale(scale, head_dim):
 
 
 def check_blocks(**blocks):
-    """Tile sizes are powers of two from 16, and a tile has at most 2^20 elements."""
+    """Tile sizes are powers of two from 16, and a tile has at most MAX_TILE elements."""
     for name, block in blocks.items():
         if block is None:
             continue
@@ -288,7 +289,10 @@ def check_blocks(**blocks):
     elements = functools.reduce(lambda a, b: a * (b or 16), blocks.values(), 1)
     if elements > MAX_TILE:
         tile = " x ".join(str(block) for block in blocks.values() if block)
-        raise ValueError(f"the tile {tile} has {elements} elements, there may be {MAX_TILE}: pass a smaller one")
+        raise ValueError(
+            f"the tile {tile} (block_m x block_n) does not fit: it needs {elements} registers, there are {MAX_TILE}; "
+            "pass a smaller block_m or block_n"
+        )
 
 
 def check_dropout(dropout_p):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from triton_attention_backward import Staged
 from triton_attention_launch import (
     DEVICE, autocast, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape, check_tensors,
-    differentiate,
+    differentiate, must_dispatch,
 )
 from triton_attention_scores import Scores, scores_op
 from triton_attention_softmax import ONE_PASS, softmax_dropout, softmax_mean_op
@@ -62,7 +62,7 @@ def _attend(q, k, v, attn_mask, dropout_p, is_causal=False, scale=None, enable_g
         scores = differentiate(Scores, q, k, scale, diagonal, None, None, None)
         probs = softmax_dropout(scores, mask, diagonal, dropout_p)
         out = differentiate(Values, probs, v, diagonal, H, False, 1.0, None, None)
-    elif average and not torch.is_grad_enabled() and N <= ONE_PASS // 2 and not torch.compiler.is_compiling():
+    elif average and not torch.is_grad_enabled() and N <= ONE_PASS // 2 and not must_dispatch((q, k, v)):
         probs, mean = softmax_mean_op(scores_op(q, k, scale, diagonal, None, None, None), mask, diagonal)
         return values_op(probs, v, diagonal, H, False, 1.0, v.dtype, None, None), mean
     else:

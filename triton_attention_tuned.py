@@ -20,7 +20,7 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    ("scores", "sm_90", 16, 64, None): Tile(128, 128, 64, 8, 3),  # 0.58
+    ("scores", "sm_90", 16, 64, None): Tile(128, 128, 64, 8, 3, SPAN=16),  # 0.60
     ("scores", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, SPAN=16),  # 0.84
     ("scores", "sm_90", 16, 256, None): Tile(64, 64, 128, 4, 2),
     ("scores", "sm_90", 32, 64, None): Tile(128, 64, 64, 4, 2),  # 2.36
