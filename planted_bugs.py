@@ -19,12 +19,12 @@ BUGS = {  # name: (file, what is there, what a tired author writes)
     "the scale is forgotten": ("triton_attention_scores.py", "        s *= scale\n", ""),
     "the wrong KV head is read": ("triton_attention_scores.py", "off_h // GROUP", "off_h % (H // GROUP)"),
     "causal is off by one": (
-        "triton_attention_tiles.py", "cols[None, :] <= rows[:, None] + diagonal", "cols[None, :] < rows[:, None] + diagonal",
+        "triton_attention_tiles.py", "cols[None, :] <= rows[:, None] + d", "cols[None, :] < rows[:, None] + d",
     ),
     "the batch stride is ignored": (
         "triton_attention_tiles.py", "off_b.to(tl.int64) * stride_b + off_h", "off_h",
     ),
-}  # fmt: skip
+}
 
 
 def survives(file, right, wrong):
