@@ -222,6 +222,13 @@ def test_strides(layout):
     assert (out - exact[0]).abs().max() < 1e-5
 
 
+def test_negative_views():
+    """The imaginary part of a conjugate is a float tensor whose memory holds the opposite sign."""
+    q = torch.randn(1, 1, 5, 8, dtype=torch.complex64, device=DEVICE).conj().imag
+    assert q.is_neg() and (attention_scores(q, q.clone()) - torch_scores(q, q.clone())).abs().max() < 1e-5
+    assert (attention_softmax(q) - q.softmax(-1)).abs().max() < 1e-6
+
+
 def test_every_length():
     """Every N from 1 past three tiles, M alike: the ragged tile of each size."""
     for n in range(1, 50):
@@ -542,6 +549,8 @@ REFUSED = [
     refused(TypeError, "enable_gqa must be True or False", attention_staged, X, X, X, enable_gqa=None),
     refused(ValueError, "v must be", attention_staged, X, X, X[:, :, :4]),
     refused(TypeError, "dense strided", attention_scores, X.to_sparse(), X),
+    refused(TypeError, "attn_mask must be a dense strided", attention_softmax, X, T(5, 8).to_sparse()),
+    refused(ValueError, "scale must be a number that float can hold", attention_scores, X, X, scale=10**400),
 ]
 
 
@@ -828,7 +837,7 @@ def test_layer_takes_nested_tensors():
     for layout in (torch.strided, torch.jagged):
         x = torch.nested.nested_tensor(parts, layout=layout)
         out, _ = mine(x, x, x, need_weights=False)
-        assert out.is_nested
+        assert out.is_nested and out.layout == layout
         for got, part in zip(out.unbind(), parts, strict=True):
             assert (got - mine(part, part, part)[0]).abs().max() < 1e-5
 
@@ -922,6 +931,8 @@ def test_layer_out_proj_is_a_module():
     x = torch.randn(5, 2, 32, device=DEVICE)
     mine(x, x, x)
     assert seen
+    mine.out_proj = nn.Sequential(mine.out_proj)  # a wrapper without a weight of its own
+    assert mine(x, x, x)[0].shape == x.shape
 
 
 B3, Q3 = T(5, 2, 8), T(3, 2, 8)
@@ -972,6 +983,7 @@ def test_layer_refuses_bad_options():
         (AssertionError, (10, 3), {}), (ValueError, (0, 1), {}), (ValueError, (8, 0), {}),
         (ValueError, (8, 2), {"dropout": 1.5}), (ValueError, (8, 2), {"dropout": -0.1}),
         (ValueError, (8, 4), {"num_kv_heads": 3}), (ValueError, (8, 4), {"num_kv_heads": 0}),
+        (ValueError, (8, 4), {"num_kv_heads": 4.0}),
     ):
         with pytest.raises(error):
             TritonMultiheadAttention(*args, **kwargs)
@@ -988,6 +1000,19 @@ def test_layer_empty():
     for query, key in ((T(0, 2, 8), B3), (T(3, 0, 8), T(5, 0, 8)), (Q3, T(0, 2, 8)), (T(0, 2, 8), T(0, 2, 8))):
         for ours, exact in zip(mine(query, key, key), theirs(query, key, key), strict=True):
             assert ours.shape == exact.shape and (ours - exact).abs().sum() < 1e-5
+    mask = T(4, 0, 5)
+    assert mine(T(0, 2, 8), B3, B3, attn_mask=mask)[0].shape == theirs(T(0, 2, 8), B3, B3, attn_mask=mask)[0].shape
+
+
+def test_layer_mixes_mask_dtypes_as_torch_does():
+    mine, theirs = pair(8, 2)
+    x, padding = torch.randn(5, 2, 8, device=DEVICE), T(2, 5).bool()
+    padding[1, 3:] = True
+    half = torch.randn(5, 5, device=DEVICE).half()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        both = (layer(x, x, x, padding, attn_mask=half) for layer in (mine, theirs))
+        assert all((ours - exact).abs().max() < 1e-5 for ours, exact in zip(*both, strict=True))
 
 
 # ---- other processes: imports, offline compilation

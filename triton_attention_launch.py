@@ -10,6 +10,7 @@ was imported before it.
 
 import contextlib
 import functools
+import numbers
 import os
 import sys
 
@@ -119,6 +120,8 @@ def define_op(name, fake):
 
         @functools.wraps(launcher)
         def call(*args):
+            # the imaginary part of a conjugate is a view whose memory holds the opposite sign
+            args = [a.resolve_neg() if isinstance(a, torch.Tensor) and a.is_neg() else a for a in args]
             return op(*args) if must_dispatch(args) else launcher(*args)
 
         call.op = op
@@ -272,9 +275,14 @@ def check_scale(scale, head_dim):
     """The factor on Q K^T, 1 / sqrt(D) by default (1 for D = 0, where it multiplies nothing)."""
     if scale is None:
         return head_dim**-0.5 if head_dim != 0 else 1.0
-    if isinstance(scale, (bool, torch.Tensor)) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+    if isinstance(scale, (torch.SymInt, torch.SymFloat)):
+        return scale * 1.0
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    return scale * 1.0
+    try:
+        return float(scale)
+    except OverflowError:
+        raise ValueError("scale must be a number that float can hold, got a larger one") from None
 
 
 def check_blocks(**blocks):
@@ -328,6 +336,8 @@ def check_mask(attn_mask, is_causal, scores_shape, device):
         return None, shift if diagonal is None else min(diagonal, shift)
     if not isinstance(attn_mask, torch.Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor, a CausalBias or None, got {type(attn_mask).__name__}")
+    if attn_mask.layout != torch.strided or attn_mask.is_nested:
+        raise TypeError(f"attn_mask must be a dense strided tensor, got a nested or sparse one ({attn_mask.layout})")
     if attn_mask.dtype != torch.bool and attn_mask.dtype not in DTYPES:
         raise TypeError(f"attn_mask must be bool (True: may attend) or floating (added), got {attn_mask.dtype}")
     if attn_mask.device != device:

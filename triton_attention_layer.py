@@ -102,9 +102,9 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if not isinstance(self.num_kv_heads, int) or self.num_kv_heads <= 0 or num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads must be an int that divides num_heads = {num_heads}, got {num_kv_heads}")
         if self.num_kv_heads != num_heads:
-            if not isinstance(num_kv_heads, int) or num_kv_heads <= 0 or num_heads % num_kv_heads:
-                raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}")
             self._drop_kv_rows()
             self._reset_parameters()
         self.register_forward_pre_hook(_keep_off_the_native_path)
@@ -150,7 +150,6 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
             )
         batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         self._check(query, key, value, attn_mask, is_causal)
-        _check_mask_dtypes(query, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
         if not batched:
             query, key, value = _together(lambda t: t.unsqueeze(0), query, key, value)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
@@ -159,6 +158,7 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
 
         q, k, v = self._project(query, key, value)
         mask = self._merge_masks(attn_mask, key_padding_mask, q.shape[0], q.shape[1], k.shape[1], q.dtype)
+        _check_mask_dtype(mask, query)
         k, v, mask = self._append_keys(k, v, mask)
 
         out, weights = _attend(
@@ -198,7 +198,7 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
                 f"query has a batch of {query.shape[batch_dim]}, key and value of {key.shape[batch_dim]} "
                 f"(dimension {batch_dim}, batch_first={self.batch_first})"
             )
-        weight = self.out_proj.weight
+        weight = self.in_proj_weight if self._qkv_same_embed_dim else self.q_proj_weight
         for name, t in (("query", query), ("key", key), ("value", value)):
             if t.device != weight.device:
                 raise RuntimeError(f"{name} is on {t.device}, the parameters are on {weight.device}")
@@ -234,7 +234,7 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
                     f"The shape of the {attn_mask.dim()}D attn_mask is {tuple(attn_mask.shape)}, "
                     f"but should be {expected}."
                 )
-            masks.append(attn_mask.view(-1, self.num_heads, L, S) if attn_mask.dim() == 3 else attn_mask[None, None])
+            masks.append(attn_mask.view(B, self.num_heads, L, S) if attn_mask.dim() == 3 else attn_mask[None, None])
         if key_padding_mask is not None:
             if key_padding_mask.shape != (B, S):
                 raise AssertionError(
@@ -272,12 +272,13 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
             )
         if key_padding_mask is not None:
             raise AssertionError("a NestedTensor has no padding: pass key_padding_mask=None")
-        lengths = [len(t) for t in query.unbind()]
+        lengths, layout = [len(t) for t in query.unbind()], query.layout
         key_lengths = torch.tensor([len(t) for t in key.unbind()], device=key.device)
         query, key, value = _together(lambda t: torch.nested.to_padded_tensor(t, 0.0), query, key, value)
         padding = torch.arange(key.shape[1], device=key.device) >= key_lengths[:, None]
         out, weights = self.forward(query, key, value, padding, need_weights, attn_mask, average, is_causal)
-        return torch.nested.as_nested_tensor([o[:n] for o, n in zip(out, lengths, strict=True)]), weights
+        parts = [o[:n] for o, n in zip(out, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(parts, layout=layout), weights
 
 
 def _check_types(key_padding_mask, attn_mask, **inputs):
@@ -293,11 +294,10 @@ def _check_types(key_padding_mask, attn_mask, **inputs):
             raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
 
 
-def _check_mask_dtypes(query, **masks):
-    for name, mask in masks.items():
-        expected = (torch.bool, torch.float32, query.dtype)
-        if mask is not None and mask.dtype not in expected and not torch.is_autocast_enabled(query.device.type):
-            raise RuntimeError(f"{name} must be bool, float32 or {query.dtype} as query, got {mask.dtype}")
+def _check_mask_dtype(mask, query):
+    expected = (torch.bool, torch.float32, query.dtype)
+    if mask is not None and mask.dtype not in expected and not torch.is_autocast_enabled(query.device.type):
+        raise RuntimeError(f"the masks must add up to bool, float32 or {query.dtype} as query, got {mask.dtype}")
 
 
 def _together(view, query, key, value):

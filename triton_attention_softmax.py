@@ -335,6 +335,8 @@ def dropout_op(probs: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> tor
     if out.numel() == 0:
         return out
     factor = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    if probs.dtype == torch.float64:  # a kernel's scalar arguments are float32
+        probs, factor = probs * factor, 1.0
     block_m, block_n = (128, 128) if INTERPRETED else (16, 128)
     launch(
         _dropout_kernel, B * H * triton.cdiv(M, block_m) * triton.cdiv(N, block_n),
