@@ -120,9 +120,10 @@ def define_op(name, fake):
 
         @functools.wraps(launcher)
         def call(*args):
-            # the imaginary part of a conjugate is a view whose memory holds the opposite sign
-            args = [a.resolve_neg() if isinstance(a, torch.Tensor) and a.is_neg() else a for a in args]
-            return op(*args) if must_dispatch(args) else launcher(*args)
+            if must_dispatch(args):
+                return op(*args)
+            # what the dispatcher would do: the imaginary part of a conjugate is a view on memory of the opposite sign
+            return launcher(*(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args))
 
         call.op = op
         return call
