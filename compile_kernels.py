@@ -26,8 +26,9 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 import triton_attention_launch  # noqa: E402
 from triton_attention_backward import dscores_op  # noqa: E402
+from triton_attention_dropout import dropout_op  # noqa: E402
 from triton_attention_scores import scores_op  # noqa: E402
-from triton_attention_softmax import dropout_op, mask_gradient_op, softmax_backward_op, softmax_mean_op, softmax_op  # noqa: E402
+from triton_attention_softmax import mask_gradient_op, softmax_backward_op, softmax_mean_op, softmax_op  # noqa: E402
 from triton_attention_values import values_op  # noqa: E402
 
 # shared memory a program may take, KiB: CUDA C++ Programming Guide, table "Technical Specifications per Compute

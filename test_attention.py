@@ -24,12 +24,11 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import benchmarking
 from triton_attention_backward import dscores_op
+from triton_attention_dropout import dropout_op
 from triton_attention_layer import TritonMultiheadAttention, attention_staged
 from triton_attention_launch import DEVICE, INTERPRETED, describe_device
 from triton_attention_scores import attention_scores, scores_op
-from triton_attention_softmax import (
-    attention_softmax, dropout_op, mask_gradient_op, softmax_backward_op, softmax_op,
-)
+from triton_attention_softmax import attention_softmax, mask_gradient_op, softmax_backward_op, softmax_op
 from triton_attention_values import attention_values, values_op
 
 if INTERPRETED:

@@ -13,11 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_attention_dropout import dropout
 from triton_attention_launch import (
     DEVICE, INTERPRETED, check_blocks, check_dropout, check_mask, check_tensors,
     define_op, differentiate, fold, launch, unfold,
 )
-from triton_attention_tiles import head_ptr, keep_mask, load_tile, load_visible, split_program, store_tile, visible
+from triton_attention_tiles import head_ptr, load_tile, load_visible, split_program, store_tile, visible
 
 ONE_PASS = 16384  # keys of a row that fit the registers of a program; half as many in float64
 
@@ -225,23 +226,6 @@ def _mask_grad_kernel(
     store_tile(g_ptr, (stride_gm, stride_gn), (GM, GN), start_m + offs_m, start_n + offs_n, acc)
 
 
-@triton.jit
-def _dropout_kernel(
-    p_ptr, stride_pb, stride_ph, stride_pm, stride_pn,
-    o_ptr, stride_ob, stride_oh, stride_om, stride_on,
-    seed_ptr, dropout_p, factor, H, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    col_tiles = tl.cdiv(N, BLOCK_N)
-    tile, off_b, off_h = split_program(tl.program_id(0), tl.cdiv(M, BLOCK_M) * col_tiles, H)
-    start_n = tile % col_tiles * BLOCK_N
-    offs_m, offs_n = tile // col_tiles * BLOCK_M + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
-    p_ptr = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h)
-    o_ptr = head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h)
-    p = load_tile(p_ptr, (stride_pm, stride_pn), (M, N), offs_m, offs_n)
-    keep = keep_mask(tl.load(seed_ptr), off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N)
-    store_tile(o_ptr, (stride_om, stride_on), (M, N), offs_m, offs_n, tl.where(keep, p * factor, 0.0))
-
-
 def _row_tile(scores, causal, block_m=None, block_n=None):
     """BLOCK_M rows x BLOCK_N keys, and the warps that hold them: 1024 elements each, 512 where all are visible."""
     N, wide = scores.shape[3], scores.element_size() // 8  # 1 for float64
@@ -328,24 +312,6 @@ def mask_gradient_op(ds: torch.Tensor, shape: list[int], dtype: torch.dtype) -> 
     return grad
 
 
-@define_op("dropout", fake=_like_first)
-def dropout_op(probs: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> torch.Tensor:
-    """probs with each element dropped with probability dropout_p, the others divided by 1 - dropout_p."""
-    (B, H, M, N), out = probs.shape, probs.new_empty(probs.shape)
-    if out.numel() == 0:
-        return out
-    factor = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-    if probs.dtype == torch.float64:  # a kernel's scalar arguments are float32
-        probs, factor = probs * factor, 1.0
-    block_m, block_n = (128, 128) if INTERPRETED else (16, 128)
-    launch(
-        _dropout_kernel, B * H * triton.cdiv(M, block_m) * triton.cdiv(N, block_n),
-        probs, *probs.stride(), out, *out.stride(),
-        seed, dropout_p, factor, H, M, N, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
-    )
-    return out
-
-
 class Softmax(torch.autograd.Function):
     """P of scores and mask; the arguments are those of softmax_op."""
 
@@ -424,38 +390,10 @@ class MaskGradient(torch.autograd.Function):
         return torch.stack(each), 0
 
 
-class Dropout(torch.autograd.Function):
-    """Linear and diagonal: its gradient is the same dropout of the gradient."""
-
-    @staticmethod
-    def forward(probs, seed, dropout_p):
-        return dropout_op(probs, seed, dropout_p)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, seed, ctx.dropout_p = inputs
-        ctx.save_for_backward(seed)
-
-    @staticmethod
-    def backward(ctx, do):
-        return differentiate(Dropout, do, *ctx.saved_tensors, ctx.dropout_p), None, None
-
-    @staticmethod
-    def vmap(info, in_dims, probs, seed, dropout_p):
-        each = []
-        for i in range(info.batch_size):  # not folded: an element's fate depends on its place in the batch
-            p, s = (t if dim is None else t.select(dim, i) for t, dim in zip((probs, seed), in_dims, strict=False))
-            each.append(differentiate(Dropout, p, s, dropout_p))
-        return torch.stack(each), 0
-
-
 def softmax_dropout(scores, mask, diagonal, dropout_p, block_m=None, block_n=None):
     """attention_softmax behind its checks: mask 4-D or None, query m sees the keys n <= m + diagonal."""
     probs = differentiate(Softmax, scores, mask, diagonal, block_m, block_n)
-    if dropout_p == 0.0:
-        return probs
-    seed = torch.randint(1 << 62, (1,), device=probs.device)
-    return differentiate(Dropout, probs, seed, dropout_p)
+    return probs if dropout_p == 0.0 else dropout(probs, dropout_p)
 
 
 def attention_softmax(
