@@ -23,7 +23,6 @@ from triton_attention_tiles import head_ptr, load_tile, load_visible, split_prog
 ONE_PASS = 16384  # keys of a row that fit the registers of a program; half as many in float64
 
 
-
 @triton.jit
 def _load_scores(ptr, strides, M, N, offs_m, offs_n, diagonal, other, CAUSAL: tl.constexpr):
     """Tile of S, P or dP, `other` where it lies outside or no query may see it."""
