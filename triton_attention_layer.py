@@ -63,6 +63,7 @@ def _attend(q, k, v, attn_mask, dropout_p, is_causal=False, scale=None, enable_g
         probs = softmax_dropout(scores, mask, diagonal, dropout_p)
         out = differentiate(Values, probs, v, diagonal, H, False, 1.0, None, None)
     elif average and not torch.is_grad_enabled() and N <= ONE_PASS // 2 and not must_dispatch((q, k, v)):
+        # inference: the mean from the registers that hold the rows, without reading P again
         probs, mean = softmax_mean_op(scores_op(q, k, scale, diagonal, None, None, None), mask, diagonal)
         return values_op(probs, v, diagonal, H, False, 1.0, v.dtype, None, None), mean
     else:
