@@ -10,8 +10,8 @@
 
 The same kernel gives the product with P transposed, out = P^T X, by swapping the two strides of P: that is dV = P^T dO
 here and dK = scale * dS^T Q in triton_attention_scores.py (where dQ = scale * dS K is the plain product). In both
-directions an element of P that is exactly zero reads nothing, so a masked key never contributes its NaN: tiles of O that
-come out with one are done again by a second kernel, which costs a launch; as a branch of the first it cost 120 registers.
+directions an element of P that is exactly zero reads nothing, so a masked key never contributes its NaN: tiles of O
+that come out with one are done again by a second kernel. That costs a launch; a branch of the first cost 120 registers.
 """
 
 import torch
