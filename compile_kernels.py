@@ -92,9 +92,15 @@ def usage(kernel):
     return tuple(int(re.search(rf"\.{f}:\s*(\d+)", text).group(1)) for f in ("vgpr_count", "vgpr_spill_count"))
 
 
-def launches():
+def launches(architecture):
     """Every launcher with the arguments that choose another build: (label, launcher, arguments). float16 is built as
     bfloat16 is."""
+    if architecture == "sm_90":
+        from triton_attention_scores_hopper import scores_hopper
+
+        for D in (64, 128):
+            q = torch.zeros(1, 2, 256, D, dtype=torch.bfloat16)
+            yield f"scores on Hopper bfloat16 D{D}", scores_hopper, (q, q, 0.125)
     for dtype, D in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64), (torch.float64, 64)):
         name = str(dtype).removeprefix("torch.")
         q, s = torch.zeros(1, 2, 256, D, dtype=dtype), torch.zeros(1, 2, 256, 256, dtype=dtype)
@@ -120,7 +126,7 @@ def launches():
 def rows(name):
     """The table for one GPU: [(label, registers, spills, shared KiB, problem or "")]."""
     out = []
-    for label, launcher, arguments in launches():
+    for label, launcher, arguments in launches(name):
         with compiling_for(name) as built:
             launcher(*arguments)
         for name_of_kernel, kernel in built:

@@ -26,7 +26,7 @@ import benchmarking
 from triton_attention_backward import dscores_op
 from triton_attention_dropout import dropout_op
 from triton_attention_layer import TritonMultiheadAttention, attention_staged
-from triton_attention_launch import DEVICE, INTERPRETED, describe_device
+from triton_attention_launch import DEVICE, INTERPRETED, describe_device, hopper
 from triton_attention_scores import attention_scores, scores_op
 from triton_attention_softmax import attention_softmax, mask_gradient_op, softmax_backward_op, softmax_op
 from triton_attention_values import attention_values, values_op
@@ -1082,6 +1082,22 @@ def test_gpu_many_heads_and_large_tensors():
     rows = slice(n - 8, n)
     exact = torch_staged(q[:, 1:, rows].double(), k[:, 1:].double(), v[:, 1:].double())
     assert (out[:, 1:, rows] - exact[0]).abs().max() < 2e-3 and (probs[:, 1:, rows] - exact[1]).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(hopper("triton_attention_scores_hopper") is None, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
+def test_gpu_scores_hopper(dtype):
+    kernels = hopper("triton_attention_scores_hopper")
+    shapes = [(1, 1, 1, 1, 8, 8), (2, 4, 2, 300, 328, 64), (1, 6, 2, 65, 1000, 40), (1, 2, 2, 1100, 520, 128)]
+    for B, H, Hk, M, N, D in shapes:
+        q = torch.randn(B, M, H, D, device=DEVICE, dtype=dtype).transpose(1, 2)
+        k = torch.randn(B, Hk, N + 1, D + 8, device=DEVICE, dtype=dtype)[:, :, 1:, :D]
+        for scale in (0.3, -2.0, 0.0):
+            compare(kernels.scores_hopper, torch_scores, q, k, scale)
+    q, k = (torch.randn(2, 8, 2048, 64, device=DEVICE, dtype=dtype) for _ in range(2))
+    assert kernels.applies(q, k)
+    assert not any(kernels.applies(*pair) for pair in ((q, k[:, :, :-1]), (q[..., 1:], k[..., 1:]), (q.mT, k.mT)))
+    assert torch.equal(attention_scores(q, k), attention_scores(q, k, block_m=128))
 
 
 @GPU

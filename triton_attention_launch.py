@@ -10,6 +10,7 @@ was imported before it.
 
 import contextlib
 import functools
+import importlib
 import numbers
 import os
 import sys
@@ -143,14 +144,14 @@ def differentiate(function, *args):
     return function.forward(*args)
 
 
-def launch(kernel, programs, *args, **constants):
-    """Run `programs` instances of a kernel on the device of its first argument."""
+def launch(kernel, programs, *args, device=None, **constants):
+    """Run `programs` instances of a kernel on `device`, that of the first argument by default."""
     if INTERPRETED:
         with numpy.errstate(all="ignore"):  # numpy warns of inf - inf, a GPU does not
             return kernel[(programs,)](*args, **constants)
     if must_dispatch(args[:1]):
         kernel = torch.library.wrap_triton(kernel)
-    device = args[0].device
+    device = device or args[0].device
     elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
     try:
         with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
@@ -182,6 +183,17 @@ def unfold(info, out):
 
 
 # ---- tiles
+
+
+@functools.lru_cache
+def hopper(module):
+    """The module of kernels for Hopper if this GPU is one and this Triton has what they are made of, else None."""
+    if INTERPRETED or architecture() != "sm_90":
+        return None
+    try:
+        return importlib.import_module(module)
+    except (ImportError, AttributeError):  # Gluon is experimental: without it, the plain kernels run
+        return None
 
 
 @functools.lru_cache

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from triton_attention_launch import (
     DEVICE, autocast, check_blocks, check_flag, check_heads, check_scale, check_shape, check_tensors,
-    define_op, differentiate, dot_precision, fold, launch, tile_for, unfold,
+    define_op, differentiate, dot_precision, fold, hopper, launch, must_dispatch, tile_for, unfold,
 )
 from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
 
@@ -86,6 +86,10 @@ def scores_op(
     if D == 0:  # sums over nothing
         s.zero_()
         return s if diagonal is None or not fill else s.masked_fill_(s.new_ones(M, N).triu(diagonal + 1).bool(), fill)
+    if diagonal is None and block_m is None and block_n is None and not must_dispatch((q, k)):
+        kernels = hopper("triton_attention_scores_hopper")
+        if kernels and kernels.applies(q, k):
+            return kernels.scores_hopper(q, k, scale)
     if q.dtype == torch.float64:  # a kernel's scalar arguments are float32
         q, scale = q * scale, 1.0
     tile = tile_for("scores", q.dtype, D, diagonal is not None, block_m, block_n)

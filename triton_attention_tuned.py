@@ -17,11 +17,14 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     SPAN: int = 8  # tiles of keys that one program walks (scores, dscores): hides the load of q, fills the GPU evenly
+    registers: int | None = None  # a thread has at most, where that is not left to the compiler
 
 
 TILES = {
     ("scores", "sm_90", 16, 64, None): Tile(128, 128, 64, 8, 3, SPAN=16),  # 0.60
     ("scores", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, SPAN=16),  # 0.87
+    ("scores hopper", "sm_90", 16, 64, None): Tile(64, 128, 64, 4, 2, SPAN=8, registers=128),  # 0.54
+    ("scores hopper", "sm_90", 16, 128, None): Tile(64, 256, 128, 4, 2, SPAN=16, registers=240),  # 0.61
     ("scores", "sm_90", 16, 256, None): Tile(64, 64, 128, 4, 2),
     ("scores", "sm_90", 32, 64, None): Tile(128, 64, 64, 4, 2),  # 2.33
     ("scores", "sm_90", 32, 128, None): Tile(64, 64, 64, 4, 2),  # 4.45
