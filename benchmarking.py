@@ -87,14 +87,17 @@ def machine():
             return ""
 
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-    dirty = "+changes" if output("git", "status", "--porcelain", "--untracked-files=no") else ""
+    commit = os.environ.get("GIT_COMMIT")  # where the files are, but not their history
+    if not commit:
+        dirty = "+changes" if output("git", "status", "--porcelain", "--untracked-files=no") else ""
+        commit = (output("git", "rev-parse", "--short", "HEAD") or "unknown") + dirty
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none (Triton's interpreter)",
         "driver": driver[0] if driver else "",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
-        "commit": (output("git", "rev-parse", "--short", "HEAD") or os.environ.get("GIT_COMMIT", "unknown")) + dirty,
+        "commit": commit,
     }
 
 

@@ -185,11 +185,15 @@ def unfold(info, out):
 # ---- tiles
 
 
-@functools.lru_cache
 def hopper(module):
     """The module of kernels for Hopper if this GPU is one and this Triton has what they are made of, else None."""
-    if INTERPRETED or architecture() != "sm_90":
+    if INTERPRETED or architecture() != "sm_90" or _forced:
         return None
+    return _import(module)
+
+
+@functools.lru_cache
+def _import(module):
     try:
         return importlib.import_module(module)
     except (ImportError, AttributeError):  # Gluon is experimental: without it, the plain kernels run
@@ -214,8 +218,23 @@ def _tuned(op, arch, bits, head_dim, causal):
     raise KeyError(f"no tile for {op}, {bits} bits")
 
 
+_forced = []
+
+
+@contextlib.contextmanager
+def forcing(tile):
+    """Inside, every kernel that asks the table gets `tile` instead: for scripts that search for a better one."""
+    _forced.append(tile)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
 def tile_for(op, dtype, head_dim, causal, block_m=None, block_n=None) -> tuned.Tile:
     """The tuned tile of a kernel, or the caller's where block_m or block_n is given."""
+    if _forced:
+        return _forced[-1]
     if INTERPRETED:
         tile = tuned.INTERPRETED
     else:
