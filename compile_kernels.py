@@ -27,6 +27,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 import triton_attention_launch  # noqa: E402
 from triton_attention_backward import dscores_op  # noqa: E402
 from triton_attention_dropout import dropout_op  # noqa: E402
+from triton_attention_fused import fused_op  # noqa: E402
+from triton_attention_fused_backward import fused_backward_op, fused_bias_gradient_op  # noqa: E402
 from triton_attention_scores import scores_op  # noqa: E402
 from triton_attention_softmax import mask_gradient_op, softmax_backward_op, softmax_mean_op, softmax_op  # noqa: E402
 from triton_attention_values import values_op  # noqa: E402
@@ -34,6 +36,9 @@ from triton_attention_values import values_op  # noqa: E402
 # shared memory a program may take, KiB: CUDA C++ Programming Guide, table "Technical Specifications per Compute
 # Capability" (maximum per thread block); AMD CDNA3 ISA, LDS
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+PARTS = {  # kernels that a launcher runs besides or instead of one that bears its name
+    "_nonzero_kernel": ", NaN repair", "_merge_kernel": ", merge", "_dq_kernel": ", dQ", "_dkdv_kernel": ", dK dV",
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -92,6 +97,24 @@ def usage(kernel):
     return tuple(int(re.search(rf"\.{f}:\s*(\d+)", text).group(1)) for f in ("vgpr_count", "vgpr_spill_count"))
 
 
+def fused_launches(dtype, D):
+    name, wide = f"{str(dtype).removeprefix('torch.')} D{D}", dtype.itemsize >= 4
+    q = torch.zeros(1, dtype=dtype).expand(8, 128, 256, D)  # enough programs that the keys are not split
+    lse = torch.zeros(8, 128, 256, dtype=torch.promote_types(dtype, torch.float32))
+    stats, bias = lse.new_zeros(8, 128, 256, 2 if wide else 0), q[:, :, :, :1].expand(8, 128, 256, 256)
+    q = q.contiguous()
+    keys = q[:1, :8].repeat(1, 1, 64, 1)
+    scalars = (0.1, 0.0, 0.0)
+    yield f"fused {name}, one query", fused_op, (q[:1, :8, :1], keys, keys, *(None,) * 3, *scalars, *(None,) * 4)
+    for mask, right, kind in ((None, None, ""), (None, 0, " causal"), (bias, None, " bias")):
+        arguments = (q, q, q, mask, None, None, *scalars, None, right, None, None)
+        yield f"fused {name}{kind}", fused_op, arguments
+        arguments = (q, None, q, q, q, mask, None, q, lse, stats, *scalars, None, right)
+        yield f"fused backward {name}{kind}", fused_backward_op, arguments
+    arguments = (q, q, q, q, bias, None, lse, stats, lse, [1, 1, 256, 256], *scalars, None, None)
+    yield f"fused bias gradient {name}", fused_bias_gradient_op, arguments
+
+
 def launches(architecture):
     """Every launcher with the arguments that choose another build: (label, launcher, arguments). float16 is built as
     bfloat16 is."""
@@ -111,6 +134,11 @@ def launches(architecture):
             yield f"values^T {label}", values_op, (s, q, diagonal, 2, True, 1.0, dtype, None, None)
             if dtype == torch.bfloat16:
                 yield f"dscores {label}", dscores_op, (q, q.float(), q, s, diagonal)
+    for dtype, D in (
+        (torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 64), (torch.float32, 128),
+        (torch.float64, 64),
+    ):
+        yield from fused_launches(dtype, D)
     for dtype, lengths in ((torch.bfloat16, (4096, 32768)), (torch.float32, (16384,)), (torch.float64, (8192,))):
         name = str(dtype).removeprefix("torch.")
         for N in lengths:
@@ -134,8 +162,7 @@ def rows(name):
             shared = kernel.metadata.shared / 1024
             problems = [f"{spills} spills"] if spills else []
             problems += [f"shared memory over {SHARED_KIB[name]} KiB"] if shared > SHARED_KIB[name] else []
-            repair = ", NaN repair" if name_of_kernel == "_nonzero_kernel" else ""
-            out.append((label + repair, registers, spills, shared, ", ".join(problems)))
+            out.append((label + PARTS.get(name_of_kernel, ""), registers, spills, shared, ", ".join(problems)))
     return out
 
 
@@ -143,13 +170,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", nargs="+", choices=SHARED_KIB, default=list(SHARED_KIB), help="GPUs")
     targets = parser.parse_args().targets
-    print(f"{'GPU':7} {'kernel':42} {'registers':>9} {'spills':>9} {'shared KiB':>10}")
+    print(f"{'GPU':7} {'kernel':46} {'registers':>9} {'spills':>9} {'shared KiB':>10}")
     bad = 0
     with ProcessPoolExecutor(min(2, len(targets))) as pool:
         for name, table in zip(targets, pool.map(rows, targets), strict=True):
             for label, registers, spills, shared, problem in table:
                 bad += bool(problem)
-                print(f"{name:7} {label:42} {registers:9} {spills:9} {shared:10.1f}  {problem}", flush=True)
+                print(f"{name:7} {label:46} {registers:9} {spills:9} {shared:10.1f}  {problem}", flush=True)
     print(f"{bad} of the kernels spill or do not fit" if bad else "no spills, and everything fits")
     return bad > 0
 

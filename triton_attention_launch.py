@@ -87,7 +87,7 @@ def must_dispatch(args):
     return False
 
 
-def _without_bfloat16(launcher):
+def _without_bfloat16(launcher, wide=()):
     """The interpreter computes on the raw bits of bfloat16: upcast before, round in torch after."""
 
     @functools.wraps(launcher)
@@ -99,13 +99,16 @@ def _without_bfloat16(launcher):
         dtype = (asked + dtypes)[0]
         args = [a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args]
         out = launcher(*(torch.float32 if a is torch.bfloat16 else a for a in args))
-        return tuple(o.to(dtype) for o in out) if isinstance(out, tuple) else out.to(dtype)
+        if not isinstance(out, tuple):
+            return out.to(dtype)
+        return tuple(o if i in wide else o.to(dtype) for i, o in enumerate(out))
 
     return run
 
 
-def define_op(name, fake):
-    """Decorator: make `triton_attention::name` of a launcher; `fake` gives its output without running it.
+def define_op(name, fake, wide=()):
+    """Decorator: make `triton_attention::name` of a launcher; `fake` gives its output without running it, `wide` are
+    the numbers of the outputs that are float32 whatever the inputs are.
 
     Compiled kernels become a `triton_op`, which Inductor looks into; interpreted ones a `custom_op`, which
     nothing may trace into. A plain eager call goes straight to the launcher, past 35 us of dispatching.
@@ -113,7 +116,7 @@ def define_op(name, fake):
 
     def decorate(launcher):
         if INTERPRETED:
-            launcher = _without_bfloat16(launcher)
+            launcher = _without_bfloat16(launcher, wide)
             op = torch.library.custom_op(f"triton_attention::{name}", launcher, mutates_args=())
             op.register_fake(fake)
         else:
@@ -315,6 +318,52 @@ def check_scale(scale, head_dim):
         return float(scale)
     except OverflowError:
         raise ValueError("scale must be a number that float can hold, got a larger one") from None
+
+
+def check_window(window_size, diagonal, M, N):
+    """(left, right): query m sees the keys m + left ... m + right, None: no bound on that side.
+
+    `diagonal` is the causal bound, or None. The window is flash-attn's: (how many keys to the left, to the right) of
+    the query's own place, where the last query is at the last key; -1: all of them.
+    """
+    if window_size is None:
+        return None, diagonal
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"window_size must be a pair (left, right) or None, got {window_size!r}")
+    for size in window_size:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"window_size must be a pair of ints, got {window_size!r}")
+        if size < -1:
+            raise ValueError(f"window_size must have sizes from 0, or -1 for no bound, got {tuple(window_size)}")
+    left, right = window_size
+    left = None if left == -1 else max(N - M - left, -M)
+    right = None if right == -1 else min(N - M + right, N)
+    return left, right if diagonal is None else diagonal if right is None else min(right, diagonal)
+
+
+def check_softcap(softcap):
+    """The bound on the scores, 0 for none."""
+    if softcap is None:
+        return 0.0
+    if isinstance(softcap, (bool, torch.Tensor)) or not isinstance(softcap, numbers.Real):
+        raise TypeError(f"softcap must be a number or None, got {type(softcap).__name__}")
+    if not 0.0 <= softcap < float("inf"):
+        raise ValueError(f"softcap must be positive, or 0 or None for none, got {softcap}")
+    return float(softcap)
+
+
+def check_sinks(sinks, H, device):
+    """None or a floating logit per query head."""
+    if sinks is None:
+        return
+    if not isinstance(sinks, torch.Tensor):
+        raise TypeError(f"sinks must be a torch.Tensor or None, got {type(sinks).__name__}")
+    if sinks.dtype not in DTYPES:
+        raise TypeError(f"sinks must be float16, bfloat16, float32 or float64, got {sinks.dtype}")
+    if sinks.shape != (H,):
+        raise ValueError(f"sinks must be [H] = [{H}], got {tuple(sinks.shape)}")
+    if sinks.device != device:
+        raise ValueError(f"sinks must be on the device of q, {device}, got {sinks.device}")
 
 
 def check_blocks(**blocks):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triton_attention_backward import Staged
+from triton_attention_fused import MAX_HEAD_DIM, attention_fused
 from triton_attention_launch import (
     DEVICE, autocast, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape, check_tensors,
     differentiate, must_dispatch,
@@ -162,16 +163,18 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
         _check_mask_dtype(mask, query)
         k, v, mask = self._append_keys(k, v, mask)
 
-        out, weights = _attend(
-            *(t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v)),
-            mask, self.dropout if self.training else 0.0, average=need_weights and average_attn_weights,
-        )
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        dropout_p = self.dropout if self.training else 0.0
+        if need_weights or self.head_dim > MAX_HEAD_DIM:
+            out, weights = _attend(q, k, v, mask, dropout_p, average=need_weights and average_attn_weights)
+        else:
+            out, weights = attention_fused(q, k, v, mask, dropout_p, enable_gqa=True), None
         out = out.transpose(1, 2).flatten(2)
         if batched and not self.batch_first:
             out = out.transpose(0, 1)
         out = self.out_proj(out)
         if not batched:
-            out, weights = out.squeeze(0), weights.squeeze(0)
+            out, weights = out.squeeze(0), weights.squeeze(0) if need_weights else None
         return out, weights if need_weights else None
 
     def _check(self, query, key, value, attn_mask, is_causal):

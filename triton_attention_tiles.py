@@ -9,11 +9,22 @@
 import triton
 import triton.language as tl
 
+
 @triton.jit
-def load_tile(ptr, strides, shape, rows, cols, other=0.0):
-    """Tile [rows, cols] of a strided matrix; elements outside `shape` read `other`."""
+def load_tile(
+    ptr, strides, shape, rows, cols, other=0.0, CHECK_ROWS: tl.constexpr = True, CHECK_COLS: tl.constexpr = True
+):
+    """Tile [rows, cols] of a strided matrix; elements outside `shape` read `other`. A check may be left out where
+    nothing is outside."""
     ptrs = ptr + rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
-    return tl.load(ptrs, mask=(rows[:, None] < shape[0]) & (cols[None, :] < shape[1]), other=other)
+    if CHECK_ROWS and CHECK_COLS:
+        return tl.load(ptrs, mask=(rows[:, None] < shape[0]) & (cols[None, :] < shape[1]), other=other)
+    elif CHECK_ROWS:
+        return tl.load(ptrs, mask=rows[:, None] < shape[0], other=other)
+    elif CHECK_COLS:
+        return tl.load(ptrs, mask=cols[None, :] < shape[1], other=other)
+    else:
+        return tl.load(ptrs)
 
 
 @triton.jit

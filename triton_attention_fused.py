@@ -1,0 +1,452 @@
+"""O = softmax(scale * Q K^T + mask) V in one kernel: no [M, N] tensor ever reaches memory.
+
+                  K^T, V^T            a program owns BLOCK_M queries and walks over the keys they see; a tile of
+                +----+----+----+      scores lives in registers only. The maximum m_i and the sum l_i of a row are
+                | k  | k  | k  |      not known before its last key, so what is accumulated is corrected when the
+    Q           +----+----+----+      maximum grows:
+      +----+    +----+----+----+        m_new = max(m_i, max qk),  alpha = e^(m_i - m_new),  p = e^(qk - m_new)
+      | q  |    | p ---> p ---> p       l_i = alpha l_i + sum p,   acc = alpha acc + p v,    at the end O = acc / l_i
+      +----+    +----+----+----+
+                  acc  m_i  l_i       memory moved: Q, K, V, O and one number a row, lse = m_i + log l_i
+
+Dao et al., "FlashAttention", 2022, with the loop order of Dao, "FlashAttention-2", 2023; the online softmax is Milakov
+and Gimelshein's, 2018. Few queries and many keys (decoding) would leave the GPU idle: then programs share the keys of
+a query tile, and their results are merged by their lse ("Flash-Decoding", Dao et al., 2023).
+
+Exponentials are base 2 inside, one instruction on a GPU; log2(e) is folded into the scale. The public lse is natural.
+"""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from triton_attention_fused_backward import fused_arguments, fused_backward_op, fused_bias_gradient_op
+from triton_attention_launch import (
+    DEVICE, INTERPRETED, autocast, check_blocks, check_dropout, check_flag, check_heads, check_mask, check_scale,
+    check_shape, check_sinks, check_softcap, check_tensors, check_window,
+    define_op, differentiate, fold, launch, tile_for, unfold,
+)
+from triton_attention_logits import LN2, LOG2E, key_range, logits
+from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
+
+MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
+
+
+@triton.jit
+def _walk(
+    acc, m_i, l_i, q, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
+    begin, end, M, N, left, right, scale, dropout_p,
+    D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):
+    """Attend to the keys begin ... end, a tile at a time."""
+    offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    for start_n in range(begin, end, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        k_t = load_tile(k_ptr, (k_strides[1], k_strides[0]), (D, N), offs_d, offs_n, 0.0, D != BLOCK_D, MASKED)
+        qk = dot(q, k_t, tl.zeros([q.shape[0], BLOCK_N], acc.dtype), PRECISION)
+        x, _, factor = logits(
+            qk, offs_m[:, None], offs_n[None, :], M, N, left, right, mask_ptr, mask_strides, scale,
+            MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP,
+        )
+        m_new = tl.maximum(m_i, tl.max(x, 1) * factor)
+        finite = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+        p = tl.exp2(x * factor - finite[:, None])
+        alpha = tl.exp2(m_i - finite)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        if DROPOUT:
+            p = tl.where(keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N), p, 0.0)
+        v = load_tile(v_ptr, v_strides, (N, DV), offs_n, offs_e, 0.0, MASKED, DV != BLOCK_DV)
+        acc = dot(p.to(v.dtype), v, acc * alpha[:, None], PRECISION_V)
+        m_i = m_new
+    return acc, m_i, l_i
+
+
+@triton.jit
+def _walk_one_by_one(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
+    m_i, begin, end, M, N, left, right, scale, dropout_p,
+    D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):
+    """acc of a few rows, without the products 0 * NaN of a dot; m_i is their final maximum."""
+    offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q = load_tile(q_ptr, q_strides, (M, D), offs_m, offs_d).to(m_i.dtype) * SIGN
+    acc = tl.zeros([offs_m.shape[0], BLOCK_DV], m_i.dtype)
+    for n in range(begin, end):
+        offs_n = n + tl.arange(0, 1)
+        k = load_tile(k_ptr, k_strides, (N, D), offs_n, offs_d).to(m_i.dtype)
+        x, _, factor = logits(
+            tl.sum(q * k, 1)[:, None], offs_m[:, None], offs_n[None, :], M, N, left, right, mask_ptr, mask_strides,
+            scale, True, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP,
+        )
+        p = tl.exp2(x * factor - tl.where(m_i == float("-inf"), 0.0, m_i)[:, None])
+        if DROPOUT:
+            keep = keep_mask(seed, off_b, off_h, offs_m, n // 16 * 16, dropout_p, 16)
+            here = tl.sum(tl.where(tl.arange(0, 16)[None, :] == n % 16, keep, 0).to(tl.int32), 1)
+            p = tl.where(here[:, None] > 0, p, 0.0)
+        v = load_tile(v_ptr, v_strides, (N, DV), offs_n, offs_e).to(m_i.dtype)
+        acc += tl.where(p == 0.0, 0.0, p * v)
+    return acc
+
+
+@triton.jit(do_not_specialize=["H", "GROUP", "M", "N", "left", "right", "chunk"])
+def _fwd_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
+    k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
+    v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
+    mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
+    sinks_ptr, stride_xh, stride_xm,
+    o_ptr, stride_os, stride_ob, stride_oh, stride_om, stride_od,
+    lse_ptr, stats_ptr, seed_ptr, scale, dropout_p, keep_factor, H, GROUP, M, N, left, right, chunk,
+    D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FEW: tl.constexpr,
+):
+    row_tiles, splits = tl.cdiv(M, BLOCK_M), tl.cdiv(N, chunk)
+    tile, off_b, off_h = split_program(tl.program_id(0), row_tiles * splits, H)
+    split, row_tile = tile % splits, row_tiles - 1 - tile // splits  # causal: the longest rows first
+    start_m, first_n = row_tile * BLOCK_M, split * chunk
+    q_ptr = head_ptr(q_ptr, stride_qb, stride_qh, off_b, off_h)
+    k_ptr = head_ptr(k_ptr, stride_kb, stride_kh, off_b, off_h // GROUP)
+    v_ptr = head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_h // GROUP)
+    o_ptr = head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h) + split.to(tl.int64) * stride_os
+    row = (off_b.to(tl.int64) * H + off_h) * M
+    lse_ptr += ((split * (tl.num_programs(0) // (row_tiles * splits))).to(tl.int64) + off_b * H + off_h) * M
+    if HAS_MASK or HAS_BIAS:
+        mask_ptr = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
+    k_strides, v_strides, mask_strides = (stride_kn, stride_kd), (stride_vn, stride_vd), (stride_am, stride_an)
+
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q = load_tile(q_ptr, (stride_qm, stride_qd), (M, D), offs_m, offs_d)
+    if SIGN != 1:  # the maximum is taken before the scale, so the scale must not be negative
+        q = (q * SIGN).to(q.dtype)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
+    m_i = tl.full([BLOCK_M], float("-inf"), ACC)
+    l_i = tl.zeros([BLOCK_M], ACC)
+    if HAS_SINKS:  # a key without a value
+        sinks = tl.load(sinks_ptr + off_h * stride_xh + offs_m * stride_xm, mask=offs_m < M, other=0.0)
+        m_i = tl.where(split == 0, sinks.to(ACC) * LOG2E, m_i)
+        l_i = tl.where(split == 0, 1.0, l_i)
+
+    last_n = tl.minimum(first_n + chunk, N)
+    TENSOR: tl.constexpr = HAS_MASK or HAS_BIAS
+    bounds = key_range(start_m, first_n, last_n, left, right, LEFT, RIGHT, TENSOR, BLOCK_M, BLOCK_N)
+    for part in tl.static_range(0 if LEFT or TENSOR else 1, 1 if TENSOR else 3):
+        acc, m_i, l_i = _walk(
+            acc, m_i, l_i, q, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
+            bounds[part], bounds[part + 1], M, N, left, right, scale, dropout_p,
+            D, DV, part != 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, DROPOUT, PRECISION, PRECISION_V,
+            BLOCK_N, BLOCK_D, BLOCK_DV,
+        )
+
+    total = keep_factor / tl.where(l_i == 0.0, 1.0, l_i)
+    store_tile(o_ptr, (stride_om, stride_od), (M, DV), offs_m, offs_e, acc * total[:, None])
+    tl.store(lse_ptr + offs_m, m_i * LN2 + tl.log(l_i), mask=offs_m < M)
+    if EXACT:
+        tl.store(stats_ptr + 2 * (row + offs_m), m_i, mask=offs_m < M)
+        tl.store(stats_ptr + 2 * (row + offs_m) + 1, 1.0 / tl.where(l_i == 0.0, 1.0, l_i), mask=offs_m < M)
+    if LEFT or RIGHT or TENSOR:
+        if tl.sum((acc != acc).to(tl.int32)) > 0:  # NaN or inf in V, perhaps only where a mask hides it
+            for first in range(0, BLOCK_M, FEW):
+                chosen = first + tl.arange(0, FEW)
+                here = tl.arange(0, BLOCK_M)[None, :] == chosen[:, None]
+                m_few = tl.max(tl.where(here, m_i[None, :], float("-inf")), 1)
+                total_few = tl.sum(tl.where(here, total[None, :], 0.0), 1)
+                acc_few = _walk_one_by_one(
+                    q_ptr, (stride_qm, stride_qd), k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides,
+                    seed, off_b, off_h, start_m + chosen, m_few, bounds[0], bounds[3], M, N, left, right, scale,
+                    dropout_p, D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, DROPOUT, BLOCK_D, BLOCK_DV,
+                )
+                store_tile(
+                    o_ptr, (stride_om, stride_od), (M, DV), start_m + chosen, offs_e, acc_few * total_few[:, None]
+                )
+
+
+@triton.jit(do_not_specialize=["splits", "rows"])
+def _merge_kernel(
+    part_ptr, part_lse_ptr, o_ptr, stride_ob, stride_oh, stride_om, stride_od, lse_ptr, stats_ptr,
+    H, M, splits, rows, EXACT: tl.constexpr, DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_DV: tl.constexpr,
+):
+    """One row from its splits, each weighted by its share e^lse of the row's sum."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_s, offs_e = tl.arange(0, SPLITS), tl.arange(0, BLOCK_DV)
+    lse = tl.load(part_lse_ptr + offs_s * rows + row, mask=offs_s < splits, other=float("-inf"))
+    m = tl.max(lse, 0)
+    weights = tl.exp(lse - tl.where(m == float("-inf"), 0.0, m))
+    total = tl.sum(weights, 0)
+    parts = load_tile(part_ptr + row * DV, (rows * DV, 1), (splits, DV), offs_s, offs_e)
+    o = tl.sum(tl.where(weights[:, None] == 0.0, 0.0, weights[:, None] * parts), 0) / tl.where(total == 0.0, 1.0, total)
+    o_ptr += row // (H * M) * stride_ob + row // M % H * stride_oh + row % M * stride_om
+    tl.store(o_ptr + offs_e * stride_od, o.to(o_ptr.dtype.element_ty), mask=offs_e < DV)
+    tl.store(lse_ptr + row, m + tl.log(total))
+    if EXACT:
+        tl.store(stats_ptr + 2 * row, m * LOG2E)
+        tl.store(stats_ptr + 2 * row + 1, 1.0 / tl.where(total == 0.0, 1.0, total))
+
+
+@functools.lru_cache
+def _processors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
+def _splits(programs, N, block_n, device):
+    """Into how many parts the keys are split: enough programs for the GPU, each with at least four tiles of keys."""
+    return max(1, min(2 * _processors(device) // programs, triton.cdiv(N, 4 * block_n), 128))
+
+
+def _outputs(q, k, v, *_):
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    B, H, M = q.shape[:3]
+    return q.new_empty(B, H, M, v.shape[3]), lse, lse.new_empty(B, H, M, 2 if q.element_size() >= 4 else 0)
+
+
+def _one_query(q, k, v, mask, sinks, o, lse, left, right):
+    """A single query each: the heads that share keys become rows of one tile, and a causal bound becomes a slice."""
+    first, last = max(0, left or 0), k.shape[2] if right is None else max(0, min(k.shape[2], right + 1))
+    k, v = k[:, :, first:last], v[:, :, first:last]
+    rows = lambda t: t.unflatten(1, (k.shape[1], -1)).squeeze(3)  # noqa: E731
+    mask = None if mask is None else rows(mask[..., first:last])
+    sinks = None if sinks is None else sinks.unflatten(0, (k.shape[1], -1))
+    return rows(q), k, v, mask, sinks, rows(o), lse.unflatten(1, (k.shape[1], -1)).squeeze(3)
+
+
+@define_op("fused", fake=_outputs, wide=(1, 2))
+def fused_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor | None,
+    seed: torch.Tensor | None, scale: float, softcap: float, dropout_p: float, left: int | None, right: int | None,
+    block_m: int | None, block_n: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(O [B, H, M, Dv], lse [B, H, M], stats); the mask is 4-D, of full size or expanded to it; query m sees the keys
+    m + left ... m + right, or all on a side that is None. stats [B, H, M, 2], for the backward pass, are the row maxima
+    in base 2 and 1 / row sum, where the rounding of lse would show: for float32 and float64; empty else."""
+    outputs = o, lse, stats = _outputs(q, k, v)
+    if lse.numel() == 0:
+        return outputs
+    if q.shape[2] == 1 and k.shape[1] > 0 and seed is None:
+        q, k, v, mask, sinks, o, lse = _one_query(q, k, v, mask, sinks, o, lse, left, right)
+        left = right = None
+    (B, H, M), (Hk, N) = q.shape[:3], k.shape[1:3]
+    if N == 0:
+        o.zero_()
+        lse.copy_(float("-inf") if sinks is None else sinks.view(H, -1))
+        return outputs
+    sinks_strides = (0, 0) if sinks is None else (sinks.stride(0), sinks.stride(1) if sinks.dim() == 2 else 0)
+    q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
+    few = "fused few" if M <= 16 else "fused"
+    width = max(constants["D"], constants["DV"])
+    tile = tile_for(few, q.dtype, width, right is not None, block_m, block_n)
+    programs = B * H * triton.cdiv(M, tile.BLOCK_M)
+    splits = _splits(programs, N, tile.BLOCK_N, q.device)
+    chunk = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
+    splits = triton.cdiv(N, chunk)
+    part, part_lse = o[None], lse
+    if splits > 1:
+        part, part_lse = lse.new_empty(splits, *o.shape), lse.new_empty(splits, *lse.shape)
+    launch(
+        _fwd_kernel, splits * programs,
+        q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, *mask_strides, sinks, *sinks_strides,
+        part, *part.stride(), part_lse, stats, seed, *scalars, H, H // Hk, M, N, left or 0, right or 0, chunk,
+        **constants, HAS_SINKS=sinks is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        FEW=tile.BLOCK_M if INTERPRETED else 16, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )
+    if splits > 1:
+        launch(
+            _merge_kernel, B * H * M,
+            part, part_lse, o, *o.stride(), lse, stats, H, M, splits, B * H * M,
+            **{name: constants[name] for name in ("EXACT", "DV", "BLOCK_DV")},
+            SPLITS=triton.next_power_of_2(splits), num_warps=4,
+        )
+    return outputs
+
+
+class Fused(torch.autograd.Function):
+    """(O, lse); the arguments are those of fused_op, the mask with its sizes of 1."""
+
+    @staticmethod
+    def forward(q, k, v, mask, sinks, seed, *options):
+        full = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
+        return fused_op(q, k, v, full, sinks, seed, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, mask, sinks, seed, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, mask, sinks, seed, *output)
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, do, dlse, _):
+        q, k, v, mask, sinks, seed, o, lse, stats = ctx.saved_tensors
+        if do is None and dlse is None:
+            return (None,) * 13
+        do = torch.zeros_like(o) if do is None else do.to(o.dtype)
+        needs = (mask is not None and ctx.needs_input_grad[3], sinks is not None and ctx.needs_input_grad[4])
+        saved = (q, k, v, mask, sinks, seed, o, lse, stats)
+        grads = differentiate(FusedBackward, do, dlse, *saved, *ctx.options[:5], *needs)
+        return *grads, *(None,) * 8
+
+    @staticmethod
+    def vmap(info, in_dims, q, k, v, mask, sinks, seed, *options):
+        if sinks is not None or seed is not None:
+            return _one_by_one(Fused, info, in_dims, q, k, v, mask, sinks, seed, *options)
+        outs = differentiate(Fused, *fold(info, in_dims, q, k, v, mask), None, None, *options)
+        return tuple(unfold(info, out) for out in outs), (0, 0, 0)
+
+
+class FusedBackward(torch.autograd.Function):
+    """(dQ, dK, dV, dmask or None, dsinks or None)."""
+
+    @staticmethod
+    def forward(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dropout_p, left, right, *needs):
+        full = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
+        options = (scale, softcap, dropout_p, left, right)
+        dq, dk, dv, delta = fused_backward_op(do, dlse, q, k, v, full, seed, o, lse, stats, *options)
+        dmask = dsinks = None
+        if needs[0]:
+            dmask = fused_bias_gradient_op(do, q, k, v, full, seed, lse, stats, delta, list(mask.shape), *options)
+        if needs[1]:  # the sink's weight e^(sink - lse) has no value: dP = 0, so its gradient is -P delta
+            weight = torch.exp(sinks[:, None] - lse)
+            if stats.numel() > 0:
+                weight = torch.exp2(sinks[:, None].double() / math.log(2) - stats[..., 0]) * stats[..., 1]
+            weight = weight.masked_fill(lse == -math.inf, 0.0)
+            dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
+        return dq, dk, dv, dmask, dsinks
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("attention_fused has no second derivative: use attention_staged, which has every one")
+
+    @staticmethod
+    def vmap(info, in_dims, do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, *options):
+        tensors = (do, dlse, q, k, v, mask, sinks, seed, o, lse, stats)
+        if mask is not None or sinks is not None or seed is not None:
+            return _one_by_one(FusedBackward, info, in_dims, *tensors, *options)
+        grads = differentiate(FusedBackward, *fold(info, in_dims, *tensors), *options)
+        return tuple(None if g is None else unfold(info, g) for g in grads), (0, 0, 0, None, None)
+
+
+def _one_by_one(function, info, in_dims, *args):
+    """A vmap rule for what the batch cannot absorb: a call per example."""
+    each = []
+    for i in range(info.batch_size):
+        one = (a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True))
+        each.append(differentiate(function, *one))
+    outs = [None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True)]
+    return tuple(outs), tuple(None if out is None else 0 for out in outs)
+
+
+def attention_fused(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
+    window_size: tuple[int, int] | None = None, softcap: float | None = None, sinks: torch.Tensor | None = None,
+    return_lse: bool = False, block_m: int | None = None, block_n: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention in one kernel, in memory that grows with M + N: O = softmax(scale * Q K^T + mask) V.
+
+    The first eight arguments are those of torch.nn.functional.scaled_dot_product_attention.
+
+    Args:
+        q: queries [B, H, M, D], float16, bfloat16, float32 or float64, any strides, D up to 256.
+        k, v: keys [B, Hk, N, D] and values [B, Hk, N, Dv] of the same dtype, Dv up to 256.
+        attn_mask: bool (True: may attend) or floating (added), broadcasting to [B, H, M, N]; or a CausalBias.
+        dropout_p: probability with which a weight is dropped; the others are divided by 1 - dropout_p. The same
+            weights as attention_staged drops after the same torch.manual_seed.
+        is_causal: query m sees the keys n <= m only; may be combined with attn_mask and window_size: all hold.
+        scale: factor on Q K^T, 1 / sqrt(D) if None.
+        enable_gqa: allow Hk < H, a divisor of H; head h reads the keys and values of head h // (H / Hk).
+        window_size: (left, right), how many keys before and after its own place a query sees, -1: all. The last query
+            is at the place of the last key, as in flash-attn.
+        softcap: scores become softcap * tanh(scores / softcap), before the mask.
+        sinks: [H], a logit per head that takes its share of the softmax and has no value.
+        return_lse: return the logarithm of the sum of exponentials too.
+        block_m, block_n: queries and keys per step, powers of two from 16; the tuned table chooses if None.
+
+    Returns:
+        O [B, H, M, Dv] in q's dtype (under autocast, its dtype), accumulated in float32. With return_lse also
+        lse [B, H, M], float32, natural logarithm, sinks included (float64 for float64 inputs). Both are
+        differentiable, once. A query that may attend to nothing gives zeros and lse = -inf (with a sink: the sink).
+
+    Raises:
+        TypeError: an argument of another type or dtype. ValueError: a shape, a value, a device, a tile or head dim that
+        does not fit.
+    """
+    q, k, v = autocast(q, k, v)
+    check_tensors(q=q, k=k, v=v)
+    (B, H, M, D), (Hk, N) = q.shape, k.shape[1:3]
+    check_shape("k", k, "B Hk N D", B=B, D=D)
+    check_shape("v", v, "B Hk N Dv", B=B, Hk=Hk, N=N)
+    check_flag("enable_gqa", enable_gqa)
+    check_flag("return_lse", return_lse)
+    check_heads("k", Hk, H, enable_gqa)
+    for name, size in (("q", D), ("v", v.shape[3])):
+        if size > MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name} must have a head dim of at most {MAX_HEAD_DIM}, got {size}: attention_staged takes any"
+            )
+    mask, diagonal = check_mask(attn_mask, is_causal, (B, H, M, N), q.device)
+    left, right = check_window(window_size, diagonal, M, N)
+    scale, dropout_p, softcap = check_scale(scale, D), check_dropout(dropout_p), check_softcap(softcap)
+    check_sinks(sinks, H, q.device)
+    check_blocks(block_m=block_m, block_n=block_n)
+    seed = torch.randint(1 << 62, (1,), device=q.device) if dropout_p > 0.0 else None
+    o, lse, _ = differentiate(
+        Fused, q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n
+    )
+    return (o, lse) if return_lse else o
+
+
+def merge_attention(
+    o1: torch.Tensor, lse1: torch.Tensor, o2: torch.Tensor, lse2: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over two sets of keys from the attention over each: (o, lse).
+
+    Each result counts by its share of the exponentials, e^lse1 / (e^lse1 + e^lse2).
+
+    Args:
+        o1, o2: [B, H, M, Dv], from attention_fused with the same queries and different keys.
+        lse1, lse2: [B, H, M], their natural log-sum-exp, from return_lse=True; -inf where nothing was seen.
+
+    Returns:
+        (o like o1, lse like lse1), computed in float32 (float64 for float64); differentiable.
+
+    Raises:
+        TypeError: not a tensor. ValueError: shapes that do not belong together.
+    """
+    for name, t in (("o1", o1), ("lse1", lse1), ("o2", o2), ("lse2", lse2)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        shape = o1.shape if name == "o2" else o1.shape[:-1]
+        if name != "o1" and t.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, as o1 is {list(o1.shape)}, got {tuple(t.shape)}")
+    top = torch.maximum(lse1, lse2).detach()
+    top = top.masked_fill(top == -math.inf, 0.0)
+    w1, w2 = torch.exp(lse1 - top)[..., None], torch.exp(lse2 - top)[..., None]
+    total = w1 + w2
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1.0)
+    o = (w1 * o1.masked_fill(w1 == 0, 0.0) + w2 * o2.masked_fill(w2 == 0, 0.0)) / total
+    return o.to(o1.dtype), (top + total.squeeze(-1).log()).masked_fill(nothing.squeeze(-1), -math.inf)
+
+
+if __name__ == "__main__":
+    q, k, v = (torch.randn(2, 3, n, 24, device=DEVICE) for n in (37, 53, 53))
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    error = (attention_fused(q, k, v, is_causal=True) - exact).abs().max().item()
+    print(f"fused {tuple(q.shape)} x {tuple(k.shape)} on {DEVICE}: max |error| {error:.1e}")

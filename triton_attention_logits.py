@@ -1,0 +1,104 @@
+r"""Device side of the fused kernels: which keys a query sees, and what a tile of scores is before the softmax.
+
+    keys   0    begin   full_begin      full_end     end    N
+           |      |  masked  |   no mask   |  masked  |     |      the tiles that a block of queries visits:
+           | skip |   ///    |             |   \\\    | skip|      only the edges of the visible band pay for a mask
+
+A query m sees the keys from m + left to m + right, each side only where its flag LEFT or RIGHT says so: causal is
+right = 0, a sliding window has both sides. A mask or bias tensor forbids more, key by key.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def key_range(
+    start_m, first_n, last_n, left, right,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, TENSOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """(begin, full_begin, full_end, end): a block of BLOCK_M queries visits key tiles begin ... end of first_n ...
+    last_n; of those from full_begin to full_end every query sees every key. All but end are first_n + k * BLOCK_N.
+    With a mask or bias TENSOR no tile is known to be full: then full_begin = full_end = end."""
+    begin, full_begin, full_end, end = first_n, first_n, last_n, last_n
+    if RIGHT:
+        end = tl.maximum(tl.minimum(start_m + BLOCK_M + right, last_n), first_n)
+        full_end = tl.maximum(tl.minimum(start_m + 1 + right, last_n), first_n)
+    if LEFT:
+        begin = first_n + tl.maximum(tl.minimum(start_m + left, last_n) - first_n, 0) // BLOCK_N * BLOCK_N
+        seen = tl.maximum(tl.minimum(start_m + BLOCK_M - 1 + left, last_n), first_n)
+        full_begin = first_n + tl.cdiv(seen - first_n, BLOCK_N) * BLOCK_N
+    full_end = tl.maximum(first_n + (full_end - first_n) // BLOCK_N * BLOCK_N, full_begin)
+    if TENSOR:
+        full_begin, full_end = end, end
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def query_range(
+    start_n, M, left, right,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, TENSOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """key_range seen from the keys: the query tiles that a block of BLOCK_N keys visits."""
+    begin, full_begin, full_end, end = 0, 0, M, M
+    if RIGHT:
+        begin = tl.maximum(tl.minimum(start_n - right, M), 0) // BLOCK_M * BLOCK_M
+        full_begin = tl.cdiv(tl.maximum(tl.minimum(start_n + BLOCK_N - 1 - right, M), 0), BLOCK_M) * BLOCK_M
+    if LEFT:
+        end = tl.maximum(tl.minimum(start_n + BLOCK_N - left, M), 0)
+        full_end = tl.maximum(tl.minimum(start_n + 1 - left, M), 0)
+    full_end = tl.maximum(full_end // BLOCK_M * BLOCK_M, full_begin)
+    if TENSOR:
+        full_begin, full_end = end, end
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def hyperbolic_tangent(x):
+    """tanh by a quotient of exponentials, and by its series where that would cancel."""
+    SMALL: tl.constexpr = 0.05 if x.dtype == tl.float64 else 0.3
+    e = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - e) / (1.0 + e)
+    y = x * x
+    series = 1.0 - y * (1.0 / 3 - y * (2.0 / 15 - y * (17.0 / 315 - y * (62.0 / 2835 - y * 1382.0 / 155925))))
+    series *= tl.abs(x)
+    return tl.where(tl.abs(x) < SMALL, series, large) * tl.where(x < 0, -1.0, 1.0)
+
+
+@triton.jit
+def logits(
+    qk, m, n, M, N, left, right, mask_ptr, mask_strides, scale,
+    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """(x, tanh, factor): a tile's logits are x * factor / log2(e), -inf where m may not see n.
+
+    m and n index the tile and broadcast against it, either way round. Without bias and softcap, x is qk itself: the
+    scale then costs nothing, as part of the fused multiply-add that subtracts the maximum.
+    """
+    x, tanh, factor = qk, qk, scale * LOG2E
+    if SOFTCAP > 0.0:
+        tanh = hyperbolic_tangent(qk * scale * (1.0 / SOFTCAP))
+        x = tanh * SOFTCAP
+    elif HAS_BIAS:
+        x = qk * scale
+    if HAS_BIAS or SOFTCAP > 0.0 or qk.dtype == tl.float64:  # float64: q is scaled already, scalars are float32
+        factor = tl.full([], LOG2E, qk.dtype)
+    if MASKED:
+        keep = (n < N) & (m >= 0)
+        if RIGHT:
+            keep = keep & (n <= m + right)
+        if LEFT:
+            keep = keep & (n >= m + left)
+        offsets = m.to(tl.int64) * mask_strides[0] + n.to(tl.int64) * mask_strides[1]
+        if HAS_MASK:
+            keep = keep & (tl.load(mask_ptr + offsets, mask=keep & (m < M), other=0) != 0)
+        if HAS_BIAS:
+            bias = tl.load(mask_ptr + offsets, mask=keep & (m < M), other=float("-inf")).to(qk.dtype)
+            keep = keep & (bias != float("-inf"))
+            x = x + bias
+        x = tl.where(keep, x, float("-inf"))
+    return x, tanh, factor
