@@ -1,0 +1,2 @@
+def redraw(out, script):
+    pass
