@@ -118,7 +118,7 @@ def reference(q, k, v, causal, g=None):
 
 @dataclass
 class Stage:
-    """A kernel that takes a tile; call(block_m=..., block_n=...) runs it, computed(block_m, block_n) counts its flops."""
+    """A kernel that takes a tile: call(block_m=..., block_n=...) runs it, computed(block_m, block_n) are its flops."""
 
     call: Callable
     torch: Callable
@@ -336,13 +336,15 @@ def attention(mode, B, H, S, D, dtype, causal, seed):
         heads = [last_head(t.detach()).to(dtype) for t in (q, k, v)]
         return reference(*heads, causal, last_head(g).to(dtype) if bwd else None)
 
-    # over S x S: forward writes S, reads S, writes P, reads P (of a causal row, P is written whole); backward reads P for
-    # dV, reads P and writes dS, reads dS for dQ and for dK
+    # over S x S: forward writes S, reads S, writes P, reads P (of a causal row, P is written whole); backward reads P
+    # for dV, reads P and writes dS, reads dS for dQ and for dK
     passes = 5 * pairs if bwd else 3 * pairs + B * H * S * S
     linear = size * B * H * S * D * (8 if bwd else 4)  # q k v o and their gradients, once each
     staged = (linear + size * (passes + (0 if bwd else 2 * B * H * S * D)), (8 if bwd else 4) * pairs * D)
+    storing = {name: provider for name, provider in ATTENTION.items() if provider.matrices[0]}
+    together = sum(provider.matrices[bwd] for provider in storing.values()) * size * B * H * S * S
     return Comparison(
         {name: functools.partial(make, provider) for name, provider in ATTENTION.items()},
         check, last_head, linear, (10 if bwd else 4) * pairs * D,
-        own={name: staged for name, provider in ATTENTION.items() if provider.matrices[0]},
+        own=dict.fromkeys(storing, staged), alone=tuple(storing) if together > free_bytes() else (),
     )

@@ -35,7 +35,8 @@ class Comparison:
     A provider's `make` prepares (imports, compiles, runs the forward of a backward) and returns the call to be timed,
     which returns a tensor or a tuple of them. `pick` takes that result to the part which is checked, and
     reference(dtype) is that part by PyTorch's own operations. bytes must move and flops must be done at least by who
-    stores nothing in between; `own` has (bytes, flops) of the providers that do it another way.
+    stores nothing in between; `own` has (bytes, flops) of the providers that do it another way. Those in `alone` leave
+    the others no memory: they take their turns one after the other.
     """
 
     makes: dict[str, Callable]
@@ -44,6 +45,7 @@ class Comparison:
     bytes: float
     flops: float
     own: dict[str, tuple[float, float]] = field(default_factory=dict)
+    alone: tuple[str, ...] = ()
 
 
 @dataclass
@@ -208,7 +210,7 @@ def reason(error):
         return f"out of memory: {text}"
     if isinstance(error, ImportError):
         return f"not installed: {text}"
-    return f"{type(error).__name__}: {text[:90]}"
+    return f"{type(error).__name__}: {text.split(". ")[0][:160]}"
 
 
 def as_tuple(x):
@@ -266,7 +268,7 @@ def assert_alive():
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     except RuntimeError as error:
-        raise SystemExit(f"the GPU refuses to go on ({reason(error)}); what is saved is safe: --resume goes on") from None
+        raise SystemExit(f"the GPU gave up ({reason(error)}); what is saved is safe, --resume goes on") from None
 
 
 # ---- results
@@ -310,7 +312,7 @@ def load(path):
 
 
 COLUMNS = (
-    f"{'what':18} {'case':34} {'provider':22} {'ms':>8} {'[20 %, 80 %]':>18} {'GB/s':>6} {'TFLOP/s':>8} {'roofline':>8} "
+    f"{'what':18} {'case':34} {'provider':16} {'ms':>8} {'[20 %, 80 %]':>18} {'GB/s':>6} {'TFLOP/s':>8} {'roofline':>8} "
     f"{'speed-up':>8} {'MiB':>8} {'error':>8} {'allowed':>8}"
 )
 
@@ -322,7 +324,7 @@ def show(row, base, say=print):
     share = "-" if row.of_roofline is None else f"{100 * row.of_roofline:.1f} %"
     faster = base.ms / row.ms if row.ms and base and base.ms else None
     say(
-        f"{row.name:18} {row.case:34} {row.provider:22} {number(row.ms, '.3f'):>8} {spread:>18} "
+        f"{row.name:18} {row.case:34} {row.provider:16} {number(row.ms, '.3f'):>8} {spread:>18} "
         f"{number(row.gbps, '.0f'):>6} {number(row.tflops, '.1f'):>8} {share:>8} {number(faster, '.2f'):>8} "
         f"{number(row.peak_mib, '.0f'):>8} {number(row.error, '.1e'):>8} {number(row.allowed, '.1e'):>8}  {row.note}"
     )
@@ -333,43 +335,42 @@ def show(row, base, say=print):
 
 def measure(case, results, limits, watch):
     """Check and time the providers of a case that results lacks; yields each Row when it is final."""
-    comparison, calls, rows = case.build(), {}, {}
-    exact = allowed = None
-    for name in case.providers:
-        if results.has(case.name, case.label, name):
-            continue
-        row = rows[name] = Row(case.name, case.label, name, about=case.about)
-        try:
-            call, picked, row.peak_mib = try_out(comparison.makes[name], comparison.pick)
-            if exact is None:
-                exact, allowed = allowance(comparison, picked[0].dtype)
-            row.error, row.allowed = error_of(picked, exact), allowed
-        except Exception as error:
-            row.note = reason(error)
-            assert_alive()
-        else:
-            if row.error <= row.allowed:
-                calls[name] = call
+    names = [name for name in case.providers if not results.has(case.name, case.label, name)]
+    comparison = case.build()
+    truth = functools.cache(functools.partial(allowance, comparison))
+    alone = [[name] for name in names if name in comparison.alone]
+    for group in [[name for name in names if name not in comparison.alone], *alone]:
+        calls, rows = {}, {}
+        for name in group:
+            row = rows[name] = Row(case.name, case.label, name, about=case.about)
+            try:
+                call, picked, row.peak_mib = try_out(comparison.makes[name], comparison.pick)
+                exact, row.allowed = truth(picked[0].dtype)
+                row.error = error_of(picked, exact)
+            except Exception as error:
+                row.note = reason(error)
+                assert_alive()
             else:
-                row.note = "WRONG"
-        call = picked = None
-        if name not in calls:
+                row.note = "" if row.error <= row.allowed else "WRONG"
+                if not row.note:
+                    calls[name] = call
+            call = picked = None
+            if row.note or watch is None:
+                yield row
+        if watch is None:
+            continue
+        for name, times in in_turns(calls, watch):
+            row = rows[name]
+            if isinstance(times, Exception):
+                row.note = reason(times)
+                assert_alive()
+            else:
+                bytes, flops = comparison.own.get(name, (comparison.bytes, comparison.flops))
+                roof = max(bytes / limits["copy_gbps"] / 1e6, flops / limits["matmul_tflops"] / 1e9)
+                row.ms, row.ms_20, row.ms_80 = times
+                row.gbps, row.tflops = bytes / row.ms / 1e6, comparison.flops / row.ms / 1e9
+                row.of_roofline, row.intensity = roof / row.ms, flops / bytes
             yield row
-    if watch is None:
-        yield from (rows[name] for name in calls)
-        return
-    for name, times in in_turns(calls, watch):
-        row = rows[name]
-        if isinstance(times, Exception):
-            row.note = reason(times)
-            assert_alive()
-        else:
-            row.ms, row.ms_20, row.ms_80 = times
-            bytes, flops = comparison.own.get(name, (comparison.bytes, comparison.flops))
-            roof = max(bytes / limits["copy_gbps"] / 1e6, flops / limits["matmul_tflops"] / 1e9)
-            row.gbps, row.tflops = bytes / row.ms / 1e6, comparison.flops / row.ms / 1e9
-            row.of_roofline, row.intensity = roof / row.ms, flops / bytes
-        yield row
 
 
 def run(script, cases, args, watch, keep=None):
@@ -392,14 +393,14 @@ def run(script, cases, args, watch, keep=None):
         print(f"ceilings, now: copy {copy:.0f} GB/s, bfloat16 matmul {matmul:.0f} TFLOP/s")
     path = args.out / info["gpu"].replace(" ", "_") / f"{script}.json"
     results = Results(path, {**info, **limits}, (lambda row: True) if args.resume else keep or (lambda row: False))
-    print("ms: median over turns; roofline: share of what the ceilings allow; speed-up: over the last provider of a case")
+    print("ms: median over turns; roofline: share of what the ceilings allow; speed-up: over a case's last provider")
     print("error: max |difference to float64| / max |float64|; allowed: twice PyTorch's in the dtype + a rounding step")
     print(COLUMNS, flush=True)
     rows = []
     try:
         for case in tqdm(list(cases), disable=not sys.stderr.isatty(), leave=False):
             case.providers = [name for name in case.providers if wanted(name, args)]
-            if watch and all(results.has(case.name, case.label, name) for name in case.providers):
+            if not case.providers or watch and all(results.has(case.name, case.label, name) for name in case.providers):
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # why SDPA's backends refuse: the row says that they do
