@@ -22,6 +22,7 @@ WARPS, STAGES = (4, 8), (2, 3, 4)
 FINALISTS = 4  # so many of the best take turns for the win
 IN_TURNS = " in turns"
 DEFAULT = "no tile given"
+SCRIPT = "benchmark_block_sizes"
 
 
 class Kernel(NamedTuple):
@@ -141,9 +142,11 @@ def rows(name, args, interpreted):
     kernel, shape = KERNELS[name], shapes(args, interpreted)
     sizes = INTERPRETED if interpreted else QUICK if args.quick else SWEEP
     found = tiles(kernel, shape, sizes, args.full)
-    if not interpreted:
+    label, known = benchmark_providers.label(*shape), benchmarking.saved_points(args, SCRIPT)
+    missing = [tile for tile in found if (name, label, name_of(tile)) not in known]
+    if not interpreted and missing:
         stage = stage_of(kernel, shape, args.seed)
-        calls = [with_tile(kernel, stage, tile) for tile in found]
+        calls = [with_tile(kernel, stage, tile) for tile in missing]
         benchmark_tuning.compile_ahead(kernel.module, kernel.function, calls)
     yield case(name, kernel, shape, args, {DEFAULT: None}, benchmark_providers.about(*shape) | {"kernel": name})
     for tile in found:
@@ -153,10 +156,10 @@ def rows(name, args, interpreted):
 
 def sweep(name, args, watch):
     """All tiles of a kernel one by one, then the best in turns: (rows by tile, the winner's row or None)."""
-    kernel, shape, script = KERNELS[name], shapes(args, watch is None), "benchmark_block_sizes"
+    kernel, shape = KERNELS[name], shapes(args, watch is None)
     label = benchmark_providers.label(*shape)
     others = lambda row: row.name != name or row.case.removesuffix(IN_TURNS) != label  # noqa: E731
-    found = benchmarking.run(script, rows(name, args, watch is None), args, watch, keep=others)
+    found = benchmarking.run(SCRIPT, rows(name, args, watch is None), args, watch, keep=others)
     found = [row for row in found if (row.name, row.case) == (name, label)]
     best = sorted((row for row in found if row.ms and row.provider != DEFAULT), key=lambda row: row.ms)
     if not best:
@@ -165,7 +168,7 @@ def sweep(name, args, watch):
     about = benchmark_providers.about(*shape) | {"kernel": name}
     final = case(name, kernel, shape, args, {name_of(tile): tile for tile in some}, about, IN_TURNS)
     print("\nthe best and the chosen one, in turns")
-    last = benchmarking.run(script, [final], args, watch, keep=lambda row: row.point[:2] != (name, final.label))
+    last = benchmarking.run(SCRIPT, [final], args, watch, keep=lambda row: row.point[:2] != (name, final.label))
     last = [row for row in last if (row.name, row.case) == (name, final.label) and row.ms]
     return found, min(last, key=lambda row: row.ms, default=None)
 
@@ -220,7 +223,7 @@ def main():
     if args.plot:
         import benchmark_figures
 
-        raise SystemExit(benchmark_figures.redraw(args.out, "benchmark_block_sizes"))
+        raise SystemExit(benchmark_figures.redraw(args.out, SCRIPT))
     watch, wrong = benchmarking.stopwatch(args), False
     for name in args.kernel:
         kernel, shape = KERNELS[name], shapes(args, watch is None)

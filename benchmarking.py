@@ -26,6 +26,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 DTYPES = ("bfloat16", "float16", "float32")
 ROUNDS = 3  # turns that every provider takes, in rotated order
+SHOWN = "NVIDIA_H200"  # the GPU whose results the README and heatmap.png show
 
 
 @dataclass
@@ -210,7 +211,8 @@ def reason(error):
         return f"out of memory: {text}"
     if isinstance(error, ImportError):
         return f"not installed: {text}"
-    return f"{type(error).__name__}: {text.split(". ")[0][:160]}"
+    sentence = text.split(". ")[0]
+    return f"{type(error).__name__}: {sentence[:160]}"
 
 
 def as_tuple(x):
@@ -303,6 +305,12 @@ def _as_row(saved):
     return Row(**{key: value for key, value in saved.items() if key in Row.__dataclass_fields__})
 
 
+def saved_points(args, script):
+    """The points that --resume will skip: those of the results file of this GPU."""
+    loaded = load(args.out / machine()["gpu"].replace(" ", "_") / f"{script}.json") if args.resume else None
+    return {row.point for row in loaded[1]} if loaded else set()
+
+
 def load(path):
     """(machine and ceilings, rows) of a results file, or None where there is none."""
     if not path.exists():
@@ -312,8 +320,8 @@ def load(path):
 
 
 COLUMNS = (
-    f"{'what':18} {'case':34} {'provider':16} {'ms':>8} {'[20 %, 80 %]':>18} {'GB/s':>6} {'TFLOP/s':>8} {'roofline':>8} "
-    f"{'speed-up':>8} {'MiB':>8} {'error':>8} {'allowed':>8}"
+    f"{'what':18} {'case':34} {'provider':16} {'ms':>8} {'[20 %, 80 %]':>18} {'GB/s':>6} {'TFLOP/s':>8} "
+    f"{'roofline':>8} {'speed-up':>8} {'MiB':>8} {'error':>8} {'allowed':>8}"
 )
 
 
