@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart; a line h
 """
 
 import math
+import operator
 from pathlib import Path
 
 import matplotlib
@@ -42,38 +43,37 @@ def look(provider, ink):
     return {"color": colour or ink, "marker": marker, "linestyle": line}
 
 
-def spread(wanted, gap):
-    """Positions close to the wanted ones, in their order, at least `gap` apart."""
+def spread(wanted, gap, low, high):
+    """Positions close to the wanted ones, in their order, at least `gap` apart, from low to high."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    placed = []  # groups of (sum of wanted - own offset, members): a crowded group is centred on what it wants
+    gap = min(gap, (high - low) / max(1, len(wanted) - 1))
+    groups = []  # [sum of what the members want of the first one's place, members]: a crowded group is centred on that
     for i in order:
         group = [wanted[i], [i]]
-        while placed and group[0] / len(group[1]) - placed[-1][0] / len(placed[-1][1]) < gap * len(placed[-1][1]):
-            total, members = placed.pop()
+        while groups and group[0] / len(group[1]) - groups[-1][0] / len(groups[-1][1]) < gap * len(groups[-1][1]):
+            total, members = groups.pop()
             group = [total + group[0] - gap * len(members) * len(group[1]), members + group[1]]
-        placed.append(group)
-    result = [0.0] * len(wanted)
-    for total, members in placed:
-        for step, i in enumerate(members):
-            result[i] = total / len(members) + gap * step
-    return result
+        groups.append(group)
+    places = [total / len(members) + gap * step for total, members in groups for step in range(len(members))]
+    places = [min(place, high - gap * (len(places) - 1 - rank)) for rank, place in enumerate(places)]
+    places = [max(place, low + gap * rank) for rank, place in enumerate(places)]
+    return [places[order.index(i)] for i in range(len(wanted))]
 
 
-def label_ends(ax, ends, size=8.5):
-    """Names to the right of the axes, pushed apart, each tied to the end of its line: ends are (x, y, text, colour)."""
+def label_ends(ax, ends, ink, size=8.5):
+    """Names to the right of the axes, pushed apart, each tied to the end of its line: ends are (x, y, text, style)."""
     if not ends:
         return
     ax.figure.canvas.draw()
     height = ax.get_window_extent().height / ax.figure.dpi * 72
     where = [ax.transAxes.inverted().transform(ax.transData.transform((x, y))) for x, y, *_ in ends]
-    heights = spread([y for _, y in where], 1.25 * size / height)
-    sunk = min([0.0, *(h - 0.02 for h in heights)])
-    for (x, y), height, (_, _, text, colour) in zip(where, heights, ends, strict=True):
-        ax.annotate(
-            text, (x, y), (1.03, height - sunk), xycoords="axes fraction", textcoords="axes fraction", va="center",
-            fontsize=size, color=colour, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3},
-        )
+    heights = spread([y for _, y in where], 1.3 * size / height, 0.02, 0.98)
+    for (x, y), place, (_, _, text, style) in zip(where, heights, ends, strict=True):
+        line = {"color": style["color"], "clip_on": False, "transform": ax.transAxes}
+        ax.plot([x, 1.03], [y, place], linewidth=0.6, alpha=0.7, **line)
+        face = style.get("markerfacecolor", style["color"])
+        ax.plot([1.045], [place], marker=style["marker"], markerfacecolor=face, markersize=4.5, **line)
+        ax.text(1.075, place, text, transform=ax.transAxes, va="center", fontsize=size, color=ink)
 
 
 def plain(x, _=None):
@@ -108,11 +108,11 @@ def seq_lengths(info, rows, ink):
     first = next(iter(kinds))
     backward = ("attention backward", first[1])
     panels = [(first, "ms", "time, ms"), (backward, "ms", "time, ms"), (first, "tflops", "TFLOP/s")]
-    panels += [(first, "peak_mib", "memory on top of q, k, v, MiB")]
+    panels += [(first, "peak_gib", "memory it allocates, GiB")]
     panels = [panel for panel in panels if panel[0] in kinds]
     high = math.ceil(len(panels) / 2)
     fig, axes = plt.subplots(high, 2, figsize=(WIDTH, 3.5 * high), squeeze=False)
-    fig.subplots_adjust(0.075, 0.19 / high, 0.86, 1 - 0.16 / high, wspace=0.62, hspace=0.38)
+    fig.subplots_adjust(0.07, 0.17 / high, 0.85, 1 - 0.19 / high, wspace=0.65, hspace=0.26)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     for ax, (kind, what, title) in zip(axes.flat, panels, strict=False):
@@ -121,22 +121,25 @@ def seq_lengths(info, rows, ink):
         ends, memory_ends = [], []
         for provider, line in kinds[kind].items():
             style = look(provider, ink)
-            points = [(row.about["S"], getattr(row, what)) for row in line if row.ms and getattr(row, what)]
+            read = (lambda row: row.peak_mib / 1024) if what == "peak_gib" else operator.attrgetter(what)
+            points = [(row.about["S"], read(row)) for row in line if row.ms]
             if not points:
                 continue
             ax.plot(*zip(*points, strict=True), markersize=4, linewidth=1.6, **style)
-            ends.append((*points[-1], provider, style["color"]))
+            ends.append((*points[-1], provider, style))
             failed = [row for row in line if row.about["S"] > points[-1][0] and "out of memory" in row.note]
             if failed:
                 ax.plot(*points[-1], marker="x", markersize=11, markeredgewidth=2, color=style["color"], zorder=5)
                 memory_ends.append(provider)
-        if what != "peak_mib":
+        if what == "tflops":
+            ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        if what != "peak_gib":
             ax.plot(*zip(*roof(info, kinds[kind], what), strict=True), color=ink, linewidth=1, linestyle=(0, (5, 3)))
-            ends.append((*roof(info, kinds[kind], what)[-1], "roofline", ink))
+            ends.append((*roof(info, kinds[kind], what)[-1], "roofline", {"color": ink, "marker": "_"}))
         title = f"{kind[0].replace('attention', '').strip() or 'forward'}: {title}"
         ax.set_title(title, fontsize=10, loc="left")
         ax.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
-        label_ends(ax, ends)
+        label_ends(ax, ends, ink)
         if memory_ends and what == "ms":
             ax.text(0.03, 0.96, "× the next S is out of memory", transform=ax.transAxes, va="top", fontsize=8.5)
     fig.suptitle(f"Attention over the sequence length S, {first[1]}", x=0.01, ha="left", fontsize=11.5, weight="bold")
@@ -163,7 +166,7 @@ def peers(info, rows, ink):
     names = [name for name in LOOKS if name != "triton apart" and any(row.provider == name for row in rows)]
     tall = len(cases) * (0.55 + 0.2 * len(names)) + 0.7
     fig, axes = plt.subplots(len(cases), 2, figsize=(WIDTH, tall), squeeze=False, sharex="col")
-    fig.subplots_adjust(0.14, 0.5 / tall, 0.97, 1 - 0.75 / tall, wspace=0.05, hspace=0.32)
+    fig.subplots_adjust(0.14, 0.5 / tall, 0.97, 1 - 0.75 / tall, wspace=0.09, hspace=0.24)
     for i, case in enumerate(cases):
         for j, kind in enumerate(("attention", "attention backward")):
             ax, found = axes[i, j], {r.provider: r for r in rows if (r.name, r.case) == (kind, case)}
@@ -184,13 +187,13 @@ def peers(info, rows, ink):
 
 
 def roofline(info, rows, ink):
-    """Every kernel as a point under the roof: what it does a second over what it does a byte."""
+    """Every kernel as a point under the roof: flop a second over flop a byte; hollow is backward."""
     rows = [row for row in rows if row.ms and row.intensity and row.about.get("dtype") == "bfloat16"]
-    rows = [row for row in rows if "D" in row.about and not row.about["causal"]]
+    rows = [row for row in rows if "D" in row.about and not row.about["causal"] and row.provider != "triton apart"]
     case = rows[0].case
     rows = [row for row in rows if row.case == case]
-    fig, ax = plt.subplots(figsize=(WIDTH, 5.2))
-    fig.subplots_adjust(0.08, 0.17, 0.76, 0.91)
+    fig, ax = plt.subplots(figsize=(WIDTH, 5.6))
+    fig.subplots_adjust(0.1, 0.15, 0.75, 0.91)
     copy, matmul = info["copy_gbps"] / 1e3, info["matmul_tflops"]
     lowest, highest = min(row.intensity for row in rows) / 2, max(row.intensity for row in rows) * 2
     ridge = matmul / copy
@@ -200,17 +203,17 @@ def roofline(info, rows, ink):
     ends = []
     for row in sorted(rows, key=lambda row: row.intensity * row.gbps):
         style = look(row.provider, ink) | {"linestyle": "none"}
+        style |= {"markerfacecolor": "none" if "backward" in row.name else style["color"]}
         y = row.intensity * row.gbps / 1e3
-        hollow = {"markerfacecolor": "none"} if "backward" in row.name else {}
-        ax.plot(row.intensity, y, markersize=7, **style, **hollow)
+        ax.plot(row.intensity, y, markersize=7, **style)
         what = {"attention": "", "attention backward": " bwd"}.get(row.name, f" {row.name.split()[0]}")
-        ends.append((row.intensity, y, f"{row.provider}{what}, {100 * row.of_roofline:.0f} %", style["color"]))
+        ends.append((row.intensity, y, f"{row.provider}{what}, {100 * row.of_roofline:.0f} %", style))
     ax.set_xlim(lowest, highest)
     ax.set_ylim(bottom=min(y for _, y, *_ in ends) / 2, top=matmul * 2)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(FuncFormatter(plain))
         axis.set_minor_formatter(NullFormatter())
-    ax.text(highest / 1.1, matmul * 1.08, f"matmul {matmul:.0f} TFLOP/s", ha="right", fontsize=9)
+    ax.text(ridge * 1.1, matmul * 1.08, f"matmul {matmul:.0f} TFLOP/s", fontsize=9)
     corner = max(lowest, min(y for _, y, *_ in ends) / 2 / copy)
     angle = ax.transData.transform([(corner, corner * copy), (ridge, matmul)])
     angle = math.degrees(math.atan2(angle[1][1] - angle[0][1], angle[1][0] - angle[0][0]))
@@ -221,17 +224,23 @@ def roofline(info, rows, ink):
     )
     ax.set_xlabel("flop per byte that must move", fontsize=9.5)
     ax.set_ylabel("TFLOP/s", fontsize=9.5)
-    label_ends(ax, ends, 8)
-    fig.suptitle(f"Under the roof, {case} (in %: of the roof)", x=0.01, ha="left", fontsize=11.5, weight="bold")
+    label_ends(ax, ends, ink, 8)
+    title = f"Under the roof, {case} (percentages of the roof; hollow: backward)"
+    fig.suptitle(title, x=0.01, ha="left", fontsize=11.5, weight="bold")
     return fig
 
 
 def heatmap(info, rows):
     """BLOCK_M x BLOCK_N of each kernel; the chosen tile outlined, hatched what does not fit, crossed what is wrong."""
     found = [name for name in KERNELS if any(row.name == name for row in rows)]
-    fig, axes = plt.subplots(1, len(found), figsize=(max(WIDTH, 3.3 * len(found)), 4.5), squeeze=False)
-    fig.subplots_adjust(0.06, 0.2, 0.985, 0.8, wspace=0.2)
-    for ax, name in zip(axes[0], found, strict=True):
+    wide = 2 if len(found) == 4 else min(3, len(found))
+    high = math.ceil(len(found) / wide)
+    fig, axes = plt.subplots(high, wide, figsize=(WIDTH, 0.95 + 2.75 * high), squeeze=False)
+    tall = fig.get_figheight()
+    fig.subplots_adjust(0.075, 0.75 / tall, 0.99, 1 - 0.85 / tall, wspace=0.17, hspace=0.35)
+    for ax in axes.flat[len(found) :]:
+        ax.set_visible(False)
+    for ax, name in zip(axes.flat, found, strict=False):
         of_kernel = [row for row in rows if row.name == name and not row.case.endswith(IN_TURNS)]
         case = of_kernel[0].case  # one shape: the first in the file
         of_kernel = [row for row in of_kernel if row.case == case]
@@ -246,34 +255,39 @@ def heatmap(info, rows):
                 here = [row for row in tiles if (row.about["BLOCK_M"], row.about["BLOCK_N"]) == (m, n)]
                 best = min((row for row in here if row.ms), key=lambda row: row.ms, default=None)
                 wrong = any(row.note == "WRONG" for row in here)
-                face = colours(scale(best.ms)) if best else "white"
+                face = colours(float(scale(best.ms))) if best else "white"
                 hatch = "xx" if wrong and not best else "///" if here and not best else None
                 if here:
                     ax.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=face, edgecolor="#8c959f", hatch=hatch, lw=0.5))
                 if best:
                     dark = sum(c * w for c, w in zip(face, (0.3, 0.59, 0.11), strict=False)) < 0.5
-                    text = f"{best.ms:.2f}" if best.ms < 100 else f"{best.ms:.0f}"
+                    text = f"{best.ms:.2f}" if best.ms < 10 else f"{best.ms:.0f}"
                     ax.text(
                         x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8.5,
                         color="white" if dark else "black",
                     )
                 if any(row.about["chosen"] for row in here):
-                    ax.add_patch(plt.Rectangle((x, y), 1, 1, fill=False, edgecolor="#D55E00", lw=3, zorder=3))
-        ax.set(xlim=(0, len(ns)), ylim=(len(ms), 0), xlabel="BLOCK_N (keys)", ylabel="BLOCK_M (queries)")
+                    frame = {"fill": False, "edgecolor": "#D55E00", "lw": 2.5, "zorder": 3, "clip_on": False}
+                    ax.add_patch(plt.Rectangle((x, y), 1, 1, **frame))
+        ax.set(xlim=(0, len(ns)), ylim=(len(ms), 0), xlabel="BLOCK_N (keys)")
+        if ax.get_subplotspec().is_first_col():
+            ax.set_ylabel("BLOCK_M (queries)")
         ax.set_xticks([x + 0.5 for x in range(len(ns))], ns, fontsize=8.5)
         ax.set_yticks([y + 0.5 for y in range(len(ms))], ms, fontsize=8.5)
         ax.tick_params(length=0)
         ax.set_frame_on(False)
         default = next((row.ms for row in of_kernel if row.provider == DEFAULT and row.ms), None)
-        ax.set_title(f"{name}, ms" + (f" (called without a tile: {default:.2f})" if default else ""), fontsize=9.5)
-    fig.suptitle(f"BLOCK_M × BLOCK_N on {info['gpu']}, {case}", x=0.01, y=0.97, ha="left", fontsize=12, weight="bold")
+        ax.set_title(f"{name}, ms" + (f" (by default {default:.2f})" if default else ""), fontsize=9.5)
+    title = f"BLOCK_M × BLOCK_N on {info['gpu']}, {case}"
+    fig.suptitle(title, x=0.01, y=1 - 0.1 / tall, va="top", ha="left", fontsize=11.5, weight="bold")
     legend = [
         plt.Rectangle((0, 0), 1, 1, fill=False, edgecolor="#D55E00", lw=2.5, label="chosen tile"),
         plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="#8c959f", hatch="////", label="does not fit"),
         plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="#8c959f", hatch="xxxx", label="wrong result"),
     ]
-    fig.legend(handles=legend, loc="upper left", bbox_to_anchor=(0.005, 0.94), ncols=3, frameon=False, fontsize=9)
-    fig.text(0.01, 0.02, f"torch {info['torch']}, triton {info['triton']}, commit {info['commit']}", fontsize=8)
+    corner = (0.0, 1 - 0.28 / tall)
+    fig.legend(handles=legend, loc="upper left", bbox_to_anchor=corner, ncols=3, frameon=False, fontsize=9)
+    fig.text(0.01, 0.1 / tall, f"torch {info['torch']}, triton {info['triton']}, commit {info['commit']}", fontsize=8)
     return fig
 
 
