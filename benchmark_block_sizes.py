@@ -11,9 +11,10 @@ import functools
 from typing import NamedTuple
 
 import benchmark_providers
+import benchmark_results
 import benchmark_tuning
 import benchmarking
-from benchmarking import Case, Comparison
+from benchmarking import Case, Comparison, wanted
 
 SWEEP = [16, 32, 64, 128, 256]
 QUICK = [32, 64, 128]
@@ -142,8 +143,8 @@ def rows(name, args, interpreted):
     kernel, shape = KERNELS[name], shapes(args, interpreted)
     sizes = INTERPRETED if interpreted else QUICK if args.quick else SWEEP
     found = tiles(kernel, shape, sizes, args.full)
-    label, known = benchmark_providers.label(*shape), benchmarking.saved_points(args, SCRIPT)
-    missing = [tile for tile in found if (name, label, name_of(tile)) not in known]
+    label, known = benchmark_providers.label(*shape), benchmark_results.saved_points(args, SCRIPT)
+    missing = [t for t in found if wanted(name_of(t), args) and (name, label, name_of(t)) not in known]
     if not interpreted and missing:
         stage = stage_of(kernel, shape, args.seed)
         calls = [with_tile(kernel, stage, tile) for tile in missing]
@@ -171,6 +172,17 @@ def sweep(name, args, watch):
     last = benchmarking.run(SCRIPT, [final], args, watch, keep=lambda row: row.point[:2] != (name, final.label))
     last = [row for row in last if (row.name, row.case) == (name, final.label) and row.ms]
     return found, min(last, key=lambda row: row.ms, default=None)
+
+
+def mark_chosen(name, args, tile=None):
+    """In the results file, the tile that is chosen now: by the table, or `tile` where the table has just changed."""
+    path, shape = benchmark_results.path_of(args, SCRIPT), shapes(args, False)
+    info, _ = benchmark_results.load(path)
+    results = benchmark_results.Results(path, info, keep=lambda row: True)
+    for row in results.rows:
+        if row.name == name and row.case == benchmark_providers.label(*shape) and row.provider != DEFAULT:
+            row.about["chosen"] = tile_of(row) == (tile or chosen_tile(KERNELS[name], shape))
+    results.write()
 
 
 def tile_of(row):
@@ -203,7 +215,7 @@ def save_winner(kernel, shape, winner, tile):
     gpu = torch.cuda.get_device_name()
     usual = (B, H, S, gpu) == (4, 16, 4096, "NVIDIA H200")
     benchmark_tuning.save(
-        benchmarking.HERE / "triton_attention_tuned.py", key, tile,
+        benchmark_results.HERE / "triton_attention_tuned.py", key, tile,
         f"{winner.ms:.2f}" + ("" if usual else f", B{B} H{H} S{S} on {gpu}"),
     )
     return f"saved: {key}: {name_of(tile)}, {winner.ms:.3f} ms"
@@ -242,6 +254,7 @@ def main():
             print(f"triton.autotune: {best}, {ms:.3f} ms{' (from its disk cache)' if known else ''}")
         if args.save and winner:
             print(save_winner(kernel, shape, winner, right[winner.provider]))
+            mark_chosen(name, args, right[winner.provider] if kernel.op else None)
     raise SystemExit(wrong)
 
 

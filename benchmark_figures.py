@@ -4,6 +4,7 @@ Each figure is two files, name.light.png and name.dark.png, for a README to choo
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; a line has its name at its end.
 """
 
+import collections
 import math
 import operator
 from pathlib import Path
@@ -15,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
-import benchmarking  # noqa: E402
+import benchmark_results  # noqa: E402
 from benchmark_block_sizes import DEFAULT, IN_TURNS, KERNELS  # noqa: E402
 from benchmark_seq_lengths import curves  # noqa: E402
 
@@ -161,6 +162,8 @@ def roof(info, providers, what):
 def peers(info, rows, ink):
     """Bars: TFLOP/s of everybody, forward on the left, backward on the right, a row for a case of bfloat16."""
     rows = [row for row in rows if row.ms and row.name.startswith("attention") and row.about["dtype"] == "bfloat16"]
+    if not rows:
+        return None
     longest = max(row.about["S"] for row in rows)
     cases = list(dict.fromkeys(row.case for row in rows if row.about["S"] == longest))
     names = [name for name in LOOKS if name != "triton apart" and any(row.provider == name for row in rows)]
@@ -190,6 +193,8 @@ def roofline(info, rows, ink):
     """Every kernel as a point under the roof: flop a second over flop a byte; hollow is backward."""
     rows = [row for row in rows if row.ms and row.intensity and row.about.get("dtype") == "bfloat16"]
     rows = [row for row in rows if "D" in row.about and not row.about["causal"] and row.provider != "triton apart"]
+    if not rows:
+        return None
     case = rows[0].case
     rows = [row for row in rows if row.case == case]
     fig, ax = plt.subplots(figsize=(WIDTH, 5.6))
@@ -232,7 +237,10 @@ def roofline(info, rows, ink):
 
 def heatmap(info, rows):
     """BLOCK_M x BLOCK_N of each kernel; the chosen tile outlined, hatched what does not fit, crossed what is wrong."""
-    found = [name for name in KERNELS if any(row.name == name for row in rows)]
+    rows = [row for row in rows if not row.case.endswith(IN_TURNS)]
+    case = collections.Counter(row.case for row in rows if row.ms).most_common(1)[0][0]
+    rows = [row for row in rows if row.case == case]
+    found = [name for name in KERNELS if any(row.name == name and row.ms and row.provider != DEFAULT for row in rows)]
     wide = 2 if len(found) == 4 else min(3, len(found))
     high = math.ceil(len(found) / wide)
     fig, axes = plt.subplots(high, wide, figsize=(WIDTH, 0.95 + 2.75 * high), squeeze=False)
@@ -241,9 +249,7 @@ def heatmap(info, rows):
     for ax in axes.flat[len(found) :]:
         ax.set_visible(False)
     for ax, name in zip(axes.flat, found, strict=False):
-        of_kernel = [row for row in rows if row.name == name and not row.case.endswith(IN_TURNS)]
-        case = of_kernel[0].case  # one shape: the first in the file
-        of_kernel = [row for row in of_kernel if row.case == case]
+        of_kernel = [row for row in rows if row.name == name]
         tiles = [row for row in of_kernel if row.provider != DEFAULT]
         times = [row.ms for row in tiles if row.ms]
         ms = sorted({row.about["BLOCK_M"] for row in tiles}, reverse=True)
@@ -300,8 +306,8 @@ FIGURES = {  # script: {figure: function}
 
 def redraw(out, script):
     """Draw a script's figures for every GPU that has its results."""
-    for folder in benchmarking.gpus(Path(out)):
-        loaded = benchmarking.load(folder / f"{script}.json")
+    for folder in benchmark_results.gpus(Path(out)):
+        loaded = benchmark_results.load(folder / f"{script}.json")
         for name, figure in FIGURES[script].items() if loaded else ():
             if not any(row.ms and row.peak_mib is not None for row in loaded[1]):
                 continue
@@ -313,6 +319,8 @@ def redraw(out, script):
                     "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "grid.linewidth": 0.6,
                 }):
                     fig = figure(*loaded, ink)
+                    if fig is None:  # the run left out what it shows
+                        continue
                     fig.text(0.01, 0.08 / fig.get_figheight(), caption(loaded[0]), fontsize=7.5, alpha=0.8)
                     path = folder / f"{name}.{mode}.png"
                     fig.savefig(path, dpi=200)
@@ -322,7 +330,7 @@ def redraw(out, script):
 
 def redraw_heatmap(results, target):
     """Draw the heatmap of a results file; False where there is none."""
-    loaded = benchmarking.load(results)
+    loaded = benchmark_results.load(results)
     if not loaded or not any(row.ms for row in loaded[1]):
         return False
     with plt.rc_context({"savefig.facecolor": "white", "hatch.linewidth": 0.6}):

@@ -7,6 +7,7 @@ of the tuned table outlined, hatched what does not fit, crossed what is wrong. O
 """
 
 import benchmark_block_sizes
+import benchmark_results
 import benchmarking
 
 SWEEP = list(benchmark_block_sizes.KERNELS)
@@ -25,13 +26,14 @@ def main():
         watch = benchmarking.stopwatch(args)
         found = benchmarking.run(benchmark_block_sizes.SCRIPT, rows(args, watch), args, watch)
         wrong = any(row.note == "WRONG" for row in found)
+        for name in SWEEP if watch else ():
+            benchmark_block_sizes.mark_chosen(name, args)
     if args.plot or watch:
         import benchmark_figures
 
-        # the GPU at hand, or the one whose results the README shows
-        folder = benchmarking.machine()["gpu"].replace(" ", "_") if not args.plot else benchmarking.SHOWN
-        path = args.out / folder / "benchmark_block_sizes.json"
-        if not benchmark_figures.redraw_heatmap(path, benchmarking.HERE / "heatmap.png"):
+        gpu = benchmark_results.SHOWN if args.plot else None  # else the one at hand
+        path = benchmark_results.path_of(args, benchmark_block_sizes.SCRIPT, gpu)
+        if not benchmark_figures.redraw_heatmap(path, benchmark_results.HERE / "heatmap.png"):
             raise SystemExit(f"nothing to draw: {path} has no times")
     raise SystemExit(wrong)
 

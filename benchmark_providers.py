@@ -265,6 +265,8 @@ def sdpa(backend):
 
 def flex(q, k, v, causal):
     import torch
+    import torch._dynamo
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not torch.cuda.is_available():

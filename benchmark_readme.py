@@ -5,7 +5,7 @@ A block is <!-- results: name --> ... <!-- end of results -->; what is not measu
 
 import re
 
-from benchmarking import HERE, SHOWN, load
+from benchmark_results import HERE, SHOWN, load
 
 FOLDER = HERE / "results" / SHOWN
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)

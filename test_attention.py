@@ -6,6 +6,7 @@ dtype, plus one rounding step. (A result in float64 may be 32 steps off: so many
 """
 
 import copy
+import dataclasses
 import io
 import itertools
 import json
@@ -27,6 +28,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import benchmark_figures
+import benchmark_results
 import benchmark_tuning
 import benchmarking
 from benchmark_readme import readme
@@ -1150,7 +1152,7 @@ def test_benchmark_figures_need_the_json_alone(tmp_path):
     folder = tmp_path / "GPU"
     folder.mkdir()
     rows = [
-        benchmarking.asdict(benchmarking.Row(
+        dataclasses.asdict(benchmark_results.Row(
             name, f"bfloat16 B4 H16 S{S} D64", provider, ms=S / 1e3, gbps=1e3, tflops=100.0, of_roofline=0.5,
             intensity=100.0, peak_mib=float(S), about={"S": S, "D": 64, "dtype": "bfloat16", "causal": False},
         ))
