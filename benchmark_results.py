@@ -83,6 +83,13 @@ class Results:
         self.rows = [old for old in self.rows if old.point != row.point] + [row]
         self.write()
 
+    def settle(self, name, case, providers):
+        """The rows of a finished case, last and in the order of its providers instead of their turns."""
+        mine = [row for row in self.rows if row.point[:2] == (name, case)]
+        mine.sort(key=lambda row: providers.index(row.provider) if row.provider in providers else -1)
+        self.rows = [row for row in self.rows if row.point[:2] != (name, case)] + mine
+        self.write()
+
     def write(self):
         """To the side first, so that the file is never half written."""
         self.path.parent.mkdir(parents=True, exist_ok=True)

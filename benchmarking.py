@@ -127,8 +127,9 @@ def stopwatch(args):
 def in_turns(calls, watch):
     """Yield (name, times in ms, or what went wrong) as the last of a call's turns ends; the order rotates."""
     names, turns = list(calls), {name: [] for name in calls}
-    if calls:
-        watch.heat()
+    if not calls:
+        return
+    watch.heat()
     for turn in range(ROUNDS):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             try:
@@ -298,6 +299,8 @@ def run(script, cases, args, watch, keep=None):
                         results.add(row)
                     rows.append(row)
             of_case = {r.provider: r for r in [*results.rows, *rows] if r.point[:2] == (case.name, case.label)}
+            if watch:
+                results.settle(case.name, case.label, case.providers)
             for name in case.providers:
                 show(of_case[name], of_case.get(case.providers[-1]), say)
             sys.stdout.flush()

@@ -1110,8 +1110,9 @@ def test_benchmark_never_times_what_is_wrong(tmp_path, capsys):
 
     wrong = lambda: lambda: torch.arange(3.0, 19.0, 2.0)  # noqa: E731
     case = doubled("a", right=twice, wrong=wrong, missing=missing, too_large=too_large, stale=stale, torch=twice)
-    code, saved = benchmark([case], tmp_path, watch)
+    code, saved = benchmark([case, doubled("b", nobody=missing)], tmp_path, watch)
     notes = {provider: row["note"] for (_, provider), row in saved.items()}
+    assert notes.pop("nobody").startswith("not installed")
     assert code == 0 and notes["right"] == notes["torch"] == "" and notes["wrong"] == notes["stale"] == "WRONG"
     assert notes["missing"].startswith("not installed") and notes["too_large"].startswith("out of memory: needs 9 GiB")
     assert {provider for (_, provider), row in saved.items() if row["ms"]} == {"right", "torch"}
