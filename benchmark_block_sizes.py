@@ -202,6 +202,15 @@ def table(found):
 # ---- the script
 
 
+def show_saved(args):
+    """--plot: the tables of every GPU again, from the JSON."""
+    for folder in benchmark_results.gpus(args.out):
+        info, found = benchmark_results.load(folder / f"{SCRIPT}.json") or ({}, [])
+        for name, label in dict.fromkeys(row.point[:2] for row in found if row.name in args.kernel):
+            print(f"\n{info['gpu']}, {name}, {label}")
+            table([row for row in found if row.point[:2] == (name, label)])
+
+
 def save_winner(kernel, shape, winner, tile):
     """--save: the winner's row, for this GPU."""
     import torch
@@ -233,9 +242,7 @@ def options():
 def main():
     args = options().parse_args()
     if args.plot:
-        import benchmark_figures
-
-        raise SystemExit(benchmark_figures.redraw(args.out, SCRIPT))
+        raise SystemExit(show_saved(args))
     watch, wrong = benchmarking.stopwatch(args), False
     for name in args.kernel:
         kernel, shape = KERNELS[name], shapes(args, watch is None)

@@ -300,7 +300,6 @@ def heatmap(info, rows):
 FIGURES = {  # script: {figure: function}
     "benchmark_attention": {"benchmark_attention": peers, "benchmark_roofline": roofline},
     "benchmark_seq_lengths": {"benchmark_seq_lengths": seq_lengths},
-    "benchmark_block_sizes": {},
 }
 
 
