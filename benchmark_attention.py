@@ -1,26 +1,30 @@
-"""How fast are the three stages and the layer, next to what PyTorch offers for the same computation?
+"""How fast are the three stages, all of attention and the layer, next to everybody else's for the same computation?
 
-    python3 benchmark_attention.py [--quick] [--mode fwd]      about two minutes on an H200, half a minute without a GPU
+    python3 benchmark_attention.py [--quick] [--mode fwd]      about three minutes on an H200, one without a GPU
 
-Each stage against PyTorch's matmul or softmax; the three together against PyTorch's three and SDPA; their backward
-against autograd's; the layer against nn.MultiheadAttention. Without a GPU: small shapes, interpreted, errors only.
+Each stage against PyTorch's matmul or softmax; attention, forward and backward, against PyTorch's three operations,
+SDPA's backends, FlexAttention and FlashAttention; the layer against nn.MultiheadAttention.
 """
 
 import functools
-import math
 
+import benchmark_providers
 import benchmarking
+from benchmarking import Case
 
 # dtype, sequence length, head dim, causal
 SWEEP = [
     ("bfloat16", 4096, 64, False),
     ("bfloat16", 4096, 64, True),
     ("bfloat16", 4096, 128, False),
+    ("bfloat16", 4096, 128, True),
     ("bfloat16", 2048, 64, False),
     ("float16", 4096, 64, False),
     ("float32", 4096, 64, False),
 ]
 LAYERS = [("bfloat16", 8, 2048), ("bfloat16", 8, 512)]  # dtype, batch, sequence length; E 1024, H 16
+NAMES = {"scores": "scores QK^T", "softmax": "softmax", "values": "values PV"}
+ATTENTION = {"fwd": "attention", "bwd": "attention backward"}
 
 
 def sweep(args, interpreted):
@@ -30,170 +34,41 @@ def sweep(args, interpreted):
     cases, layers = SWEEP, LAYERS
     if args.quick:
         cases, layers = SWEEP[:2], LAYERS[:1]
-    if args.dtype or args.seq_lens or args.head_dim:
-        options = (args.dtype or ["bfloat16"], args.seq_lens or [4096], args.head_dim or [64], [False, True])
+    if args.dtype or args.seq_lens or args.head_dim or args.causal is not None:
+        causal = [False, True] if args.causal is None else [args.causal]
+        options = (args.dtype or ["bfloat16"], args.seq_lens or [4096], args.head_dim or [64], causal)
         cases = [(t, s, d, c) for t in options[0] for s in options[1] for d in options[2] for c in options[3]]
     return cases, layers
 
 
-def comparisons(args, interpreted):
-    """Functions that build one Comparison each, so that one at a time is in memory."""
+def rows(args, interpreted):
+    """The Cases, of which one at a time will be in memory."""
     cases, layers = sweep(args, interpreted)
     B, H = (1, 2) if interpreted else (args.batch, args.heads)
+    modes = ("fwd", "bwd") if args.mode == "both" else (args.mode,)
     for dtype, S, D, causal in cases:
-        if args.mode != "bwd":
-            for stage in (scores, softmax, values, staged):
-                yield lambda stage=stage, c=(B, H, S, D, dtype, causal): stage(*c, args.seed)
-        if args.mode != "fwd":
-            yield lambda c=(B, H, S, D, dtype, causal): staged_backward(*c, args.seed)
-    if args.mode != "bwd":
-        for dtype, batch, S in layers:
-            for need_weights in (True, False):
-                yield lambda c=(dtype, batch, S, need_weights): layer(*c, args.seed, 128 if interpreted else 1024)
+        shape = (B, H, S, D, dtype, causal)
+        label, about = benchmark_providers.label(*shape), benchmark_providers.about(*shape)
+        for stage, name in NAMES.items() if "fwd" in modes else ():
+            build = functools.partial(build_stage, stage, *shape, args.seed)
+            yield Case(name, label, ["triton", "torch"], build, about)
+        for mode in modes:
+            build = functools.partial(benchmark_providers.attention, mode, *shape, args.seed)
+            yield Case(ATTENTION[mode], label, benchmark_providers.providers(mode, args), build, about)
+    for dtype, batch, S in layers if "fwd" in modes else ():
+        E = 128 if interpreted else 1024
+        for weights in (True, False):
+            build = functools.partial(layer, dtype, batch, S, weights, args.seed, E)
+            name = f"layer, weights {'on' if weights else 'off'}"
+            yield Case(name, f"{dtype} B{batch} S{S} E{E} H16", ["triton", "torch"], build, {"S": S, "dtype": dtype})
 
 
-def inputs(seed, B, H, S, D, dtype, number, grad=False):
-    import torch
-
-    from triton_attention_launch import DEVICE
-
-    torch.manual_seed(seed)
-    dtype = getattr(torch, dtype)
-    return [torch.randn(B, H, S, D, device=DEVICE, dtype=dtype, requires_grad=grad) for _ in range(number)]
-
-
-def label(B, H, S, D, dtype, causal):
-    return f"{dtype} B{B} H{H} S{S} D{D}{' causal' if causal else ''}"
-
-
-def last_head(result):
-    """What is checked against float64: the last head of the last batch."""
-    return tuple(t[-1:, -1:] for t in result) if isinstance(result, tuple) else result[-1:, -1:]
-
-
-@functools.lru_cache(maxsize=1)
-def future(S, device):
-    """The causal mask that PyTorch's own three ops need, made once, outside the timing."""
-    import torch
-
-    return torch.ones(S, S, dtype=torch.bool, device=device).triu(1)
-
-
-def hide_future(s, causal):
-    return s.masked_fill(future(s.shape[-1], s.device), -math.inf) if causal else s
-
-
-def scores(B, H, S, D, dtype, causal, seed):
-    from triton_attention_scores import attention_scores
-
-    (q, k), scale = inputs(seed, B, H, S, D, dtype, 2), D**-0.5
-    size = q.element_size()
-    return benchmarking.Comparison(
-        "scores QK^T", label(B, H, S, D, dtype, causal),
-        {
-            "triton": lambda: attention_scores(q, k, is_causal=causal),
-            "torch": lambda: hide_future((q * scale) @ k.mT, causal),
-        },
-        lambda: hide_future(last_head(q).double() @ last_head(k).double().mT * scale, causal), last_head,
-        bytes=size * B * H * (S * S + 2 * S * D), flops=2 * B * H * S * S * D / (2 if causal else 1),
-    )
-
-
-def softmax(B, H, S, D, dtype, causal, seed):
-    from triton_attention_softmax import attention_softmax
-
-    (s,) = inputs(seed, B, H, S, S, dtype, 1)
-    return benchmarking.Comparison(
-        "softmax", label(B, H, S, D, dtype, causal),
-        {
-            "triton": lambda: attention_softmax(s, is_causal=causal),
-            "torch": lambda: hide_future(s, causal).softmax(-1),
-        },
-        lambda: hide_future(last_head(s).double(), causal).softmax(-1), last_head,
-        bytes=s.element_size() * B * H * S * S * (1.5 if causal else 2), flops=5 * B * H * S * S,
-    )
-
-
-def values(B, H, S, D, dtype, causal, seed):
-    from triton_attention_values import attention_values
-
-    (s,), (v,) = inputs(seed, B, H, S, S, dtype, 1), inputs(seed, B, H, S, D, dtype, 1)
-    p, size = hide_future(s, causal).softmax(-1), s.element_size()
-    del s
-    return benchmarking.Comparison(
-        "values PV", label(B, H, S, D, dtype, causal),
-        {"triton": lambda: attention_values(p, v, is_causal=causal), "torch": lambda: p @ v},
-        lambda: last_head(p).double() @ last_head(v).double(), last_head,
-        bytes=size * B * H * (S * S / (2 if causal else 1) + 2 * S * D),
-        flops=2 * B * H * S * S * D / (2 if causal else 1),
-    )
-
-
-def torch_three(q, k, v, causal):
-    p = hide_future((q * q.shape[-1] ** -0.5) @ k.mT, causal).softmax(-1)
-    return p @ v
-
-
-def staged(B, H, S, D, dtype, causal, seed):
-    import torch.nn.functional as F
-
-    from triton_attention_layer import attention_staged
-
-    q, k, v = inputs(seed, B, H, S, D, dtype, 3)
-    passes = 2.5 if causal else 4  # over S: write, read, write, read; causal halves all but the writing of P
-    return benchmarking.Comparison(
-        "three stages", label(B, H, S, D, dtype, causal),
-        {
-            "triton": lambda: attention_staged(q, k, v, is_causal=causal)[0],
-            "torch SDPA": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
-            "torch": lambda: torch_three(q, k, v, causal),
-        },
-        lambda: torch_three(*(last_head(t).double() for t in (q, k, v)), causal), last_head,
-        bytes=q.element_size() * B * H * (passes * S * S + 6 * S * D),
-        flops=4 * B * H * S * S * D / (2 if causal else 1),
-    )
-
-
-def staged_backward(B, H, S, D, dtype, causal, seed):
-    import torch
-    import torch.nn.functional as F
-
-    from triton_attention_layer import attention_staged
-    from triton_attention_scores import attention_scores
-    from triton_attention_softmax import attention_softmax
-    from triton_attention_values import attention_values
-
-    q, k, v = inputs(seed, B, H, S, D, dtype, 3, grad=True)
-    g = torch.randn_like(q)
-
-    def three_functions(q, k, v, causal):
-        p = attention_softmax(attention_scores(q, k, is_causal=causal), is_causal=causal)
-        return attention_values(p, v, is_causal=causal)
-
-    def backward(forward):
-        out = forward(q, k, v, causal)
-        return lambda: torch.autograd.grad(out, (q, k, v), g, retain_graph=True)
-
-    def exact():
-        heads = [last_head(t).detach().double().requires_grad_() for t in (q, k, v)]
-        return torch.autograd.grad(torch_three(*heads, causal), heads, last_head(g).double())
-
-    passes = 2.5 if causal else 5  # over P and dS: read P for dV; read P, write dS; read dS for dQ; read dS for dK
-    return benchmarking.Comparison(
-        "backward", label(B, H, S, D, dtype, causal),
-        {
-            "triton": backward(lambda q, k, v, c: attention_staged(q, k, v, is_causal=c)[0]),
-            "triton, apart": backward(three_functions),
-            "torch SDPA": backward(lambda q, k, v, c: F.scaled_dot_product_attention(q, k, v, is_causal=c)),
-            "torch": backward(torch_three),
-        },
-        exact, last_head,
-        bytes=q.element_size() * B * H * (passes * S * S + 8 * S * D),
-        flops=8 * B * H * S * S * D / (2 if causal else 1),
-    )
+def build_stage(stage, *case):
+    return benchmark_providers.STAGES[stage](*case).comparison()
 
 
 def layer(dtype, batch, S, need_weights, seed, E):
+    """TritonMultiheadAttention against nn.MultiheadAttention, in eval."""
     import copy
 
     import torch
@@ -202,14 +77,12 @@ def layer(dtype, batch, S, need_weights, seed, E):
     from triton_attention_launch import DEVICE
     from triton_attention_layer import TritonMultiheadAttention
 
-    torch.manual_seed(seed)
-    H, size = 16, getattr(torch, dtype).itemsize
-    theirs = nn.MultiheadAttention(E, H, batch_first=True, device=DEVICE, dtype=getattr(torch, dtype)).eval()
-    ours = TritonMultiheadAttention(E, H, batch_first=True, device=DEVICE, dtype=getattr(torch, dtype)).eval()
+    (x,), H, dtype = benchmark_providers.inputs(seed, (batch, S, E), dtype, 1), 16, getattr(torch, dtype)
+    theirs = nn.MultiheadAttention(E, H, batch_first=True, device=DEVICE, dtype=dtype).eval()
+    ours = TritonMultiheadAttention(E, H, batch_first=True, device=DEVICE, dtype=dtype).eval()
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(batch, S, E, device=DEVICE, dtype=getattr(torch, dtype))
 
-    def call(module):
+    def call(module, x):
         def run():
             with torch.no_grad():
                 out, weights = module(x, x, x, need_weights=need_weights)
@@ -217,34 +90,28 @@ def layer(dtype, batch, S, need_weights, seed, E):
 
         return run
 
-    exact_layer = copy.deepcopy(theirs).double()
-    pick = lambda r: tuple(t[-1:] for t in r) if need_weights else r[-1:]  # noqa: E731
-
-    def exact():
-        with torch.no_grad():
-            one = x[-1:].double()
-            out, weights = exact_layer(one, one, one, need_weights=need_weights)
-            return (out, weights) if need_weights else out
+    def last_batch(result):
+        return tuple(t[-1:] for t in result) if need_weights else result[-1:]
 
     matrix = 4 * batch * H * S * S + batch * S * S if need_weights else 0
     return benchmarking.Comparison(
-        f"layer, weights {'on' if need_weights else 'off'}", f"{dtype} B{batch} S{S} E{E} H{H}",
-        {"triton": call(ours), "torch": call(theirs)}, exact, pick,
-        bytes=size * (matrix + 10 * batch * S * E + 4 * E * E), flops=batch * S * (8 * E * E + 4 * S * E),
+        {"triton": lambda: call(ours, x), "torch": lambda: call(theirs, x)},
+        lambda t: call(copy.deepcopy(theirs).to(t), x[-1:].to(t))(), last_batch,
+        bytes=dtype.itemsize * (matrix + 10 * batch * S * E + 4 * E * E), flops=batch * S * (8 * E * E + 4 * S * E),
     )
 
 
 def main():
-    parser = benchmarking.parser(__doc__.split("\n")[0])
-    args = parser.parse_args()
-    from triton_attention_launch import INTERPRETED
+    args = benchmarking.parser(__doc__.split("\n")[0]).parse_args()
+    results = []
+    if not args.plot:
+        watch = benchmarking.stopwatch(args)
+        results = benchmarking.run("benchmark_attention", rows(args, watch is None), args, watch)
+    if args.plot or watch:
+        import benchmark_figures
 
-    rows = benchmarking.run("benchmark_attention", comparisons(args, INTERPRETED), args, INTERPRETED)
-    three = {row.case: row.ms for row in rows if (row.name, row.provider) == ("three stages", "triton") and row.ms}
-    for case, ms in three.items():
-        if f"{case} causal" in three:
-            print(f"three stages, {case}: causal is {ms / three[f'{case} causal']:.2f} times as fast as full")
-    raise SystemExit(any(row.note == "WRONG" for row in rows))
+        benchmark_figures.redraw(args.out, "benchmark_attention")
+    raise SystemExit(any(row.note == "WRONG" for row in results))
 
 
 if __name__ == "__main__":

@@ -1,260 +1,332 @@
-"""What the benchmark scripts share: the machine, the ceilings, fair timing, checks before timing, tables and JSON.
+"""What the benchmark scripts share: the options, the ceilings, checks before timing, fair timing, the run.
 
-A script asks one question. It yields Comparisons, each with its providers (who computes it) and the exact result; run()
-checks every provider, times the right ones in turns, prints a row each and writes results/<gpu>/<script>.json after
-every row, so that an interruption loses nothing. A wrong result is shown as wrong and never timed.
+A script asks one question. It yields Cases; run() builds one at a time into a Comparison, checks what every provider
+(who computes it) returns, times the right ones in turns, and writes results/<gpu>/<script>.json after every point: an
+interruption, an exhausted memory or a kernel that does not fit loses nothing. A wrong result is never timed.
 
-    python3 benchmarking.py      write the README's table anew from the committed results
+    python3 benchmarking.py            write the README's tables anew from the committed results
+    python3 benchmarking.py --check    exit 1 if that would change the README
 """
 
 import argparse
-import json
+import functools
 import math
-import os
+import re
+import shlex
 import statistics
-import subprocess
 import sys
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+from benchmark_results import COLUMNS, HERE, Results, Row, machine, path_of, show
+
 DTYPES = ("bfloat16", "float16", "float32")
 ROUNDS = 3  # turns that every provider takes, in rotated order
 
 
 @dataclass
 class Comparison:
-    """One computation, by several providers, of which the last is PyTorch's own and the yardstick.
+    """One computation by several providers, in memory.
 
-    providers map a name to a function without arguments that returns a tensor or a tuple of tensors. exact and pick say
-    what is checked: pick takes a provider's result to the part that exact, in float64, is the truth of.
-    bytes must move and flops must be done at least, whoever computes it.
+    A provider's `make` prepares (imports, compiles, runs the forward of a backward) and returns the call to be timed,
+    which returns a tensor or a tuple of them. `pick` takes that result to the part which is checked, and
+    reference(dtype) is that part by PyTorch's own operations. bytes must move and flops must be done at least by who
+    stores nothing in between; `own` has (bytes, flops) of the providers that do it another way. Those in `alone` leave
+    the others no memory: they take their turns one after the other.
     """
 
-    name: str
-    case: str
-    providers: dict[str, Callable]
-    exact: Callable
+    makes: dict[str, Callable]
+    reference: Callable
     pick: Callable
     bytes: float
     flops: float
+    own: dict[str, tuple[float, float]] = field(default_factory=dict)
+    alone: tuple[str, ...] = ()
 
 
 @dataclass
-class Row:
-    """One provider's result; times in ms (median, 20 % and 80 % quantile), None where it was not timed."""
+class Case:
+    """What is asked, known before anything is allocated; `about` is what figures need to know (S, D, tile, ...)."""
 
     name: str
-    case: str
-    provider: str
-    error: float | None = None
-    allowed: float | None = None
-    ms: float | None = None
-    ms_20: float | None = None
-    ms_80: float | None = None
-    gbps: float | None = None
-    of_copy: float | None = None
-    tflops: float | None = None
-    speedup: float | None = None
-    note: str = ""
+    label: str
+    providers: list[str]
+    build: Callable[[], Comparison]
+    about: dict = field(default_factory=dict)
 
 
 def parser(description):
     """The options that the scripts share; --help needs neither torch nor a GPU."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--mode", choices=("fwd", "bwd", "both"), default="both", help="forward, backward, or both")
-    p.add_argument("--dtype", nargs="+", choices=DTYPES, default=None, help="dtypes instead of the script's own")
+    p.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes instead of the script's own")
     p.add_argument("--batch", type=int, default=4, help="batch size B")
     p.add_argument("--heads", type=int, default=16, help="heads H")
-    p.add_argument("--head-dim", type=int, nargs="+", default=None, help="head dims D instead of the script's own")
-    p.add_argument("--seq-lens", type=int, nargs="+", default=None, help="sequence lengths instead of the script's own")
-    p.add_argument("--quick", action="store_true", help="fewer cases and shorter timing")
-    p.add_argument("--out", type=Path, default=HERE / "results", help="folder for <gpu>/<script>.json")
+    p.add_argument("--head-dim", type=int, nargs="+", help="head dims D instead of the script's own")
+    p.add_argument("--seq-lens", type=int, nargs="+", help="sequence lengths S instead of the script's own")
+    p.add_argument("--causal", action=argparse.BooleanOptionalAction, help="only causal, or only full attention")
+    p.add_argument("--providers", nargs="+", help="only providers whose name contains one of these")
+    p.add_argument("--quick", action="store_true", help="fewer cases, shorter timing, no torch.compile")
+    p.add_argument("--out", type=Path, default=HERE / "results", help="folder for <gpu>/<script>.json and figures")
+    p.add_argument("--plot", action="store_true", help="only redraw the figures from the JSON, without a GPU")
     p.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
+    p.add_argument("--resume", action="store_true", help="skip the points that the JSON of this GPU already has")
     return p
 
 
-def machine():
-    """What was measured on: GPU, driver, versions, commit."""
-    import torch
-    import triton
-
-    def output(*command):
-        try:
-            return subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=20).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-
-    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-    commit = os.environ.get("GIT_COMMIT")  # where the files are, but not their history
-    if not commit:
-        dirty = "+changes" if output("git", "status", "--porcelain", "--untracked-files=no") else ""
-        commit = (output("git", "rev-parse", "--short", "HEAD") or "unknown") + dirty
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none (Triton's interpreter)",
-        "driver": driver[0] if driver else "",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "commit": commit,
-    }
+def wanted(provider, args):
+    return not args.providers or any(part in provider for part in args.providers)
 
 
-def ceilings():
-    """What this GPU does at most, measured now: device copy in GB/s (read + write), bfloat16 matmul in TFLOP/s."""
-    import torch
-
-    source = torch.randint(255, (2 << 30,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in "ab")
-    times = time_in_turns({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, rep=60)
-    return {
-        "copy_gbps": 2 * source.numel() / times["copy"][0] / 1e6,
-        "matmul_tflops": 2 * 8192**3 / times["matmul"][0] / 1e9,
-    }
+# ---- timing
 
 
-def time_in_turns(functions, rep=40):
-    """{name: (median, 20 %, 80 % quantile) in ms} by CUDA events, L2 cleared before each call.
+class Stopwatch:
+    """Times calls on the GPU, by CUDA events with the L2 cache cleared before each; a test puts a fake in its place."""
 
-    The chip is warmed to its sustained clock first, and the functions take turns in rotated order: whoever is
-    measured first on a cool chip reads up to 10 % fast.
-    """
-    import torch
-    from triton.testing import do_bench
+    def __init__(self, rep=40):
+        self.rep = rep
 
-    heater = torch.randn(4096, 4096, dtype=torch.bfloat16, device="cuda")
-    for _ in range(500):
-        heater @ heater
-    quantiles = {name: [] for name in functions}
-    names = list(functions)
+    def heat(self):
+        """Warm the chip to its sustained clock: who is measured on a cool one reads up to 10 % fast."""
+        import torch
+
+        heater = torch.randn(4096, 4096, dtype=torch.bfloat16, device="cuda")
+        for _ in range(500):
+            heater @ heater
+
+    def time(self, call):
+        """(median, 20 %, 80 % quantile) in ms."""
+        from triton.testing import do_bench
+
+        return tuple(do_bench(call, warmup=10, rep=self.rep, quantiles=[0.5, 0.2, 0.8]))
+
+    def ceilings(self):
+        """What this GPU does at most, measured now: copy in GB/s (read + write), bfloat16 matmul in TFLOP/s."""
+        import torch
+
+        source = torch.randint(255, (2 << 30,), dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in "ab")
+        times = dict(in_turns({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, self))
+        return {
+            "copy_gbps": 2 * source.numel() / times["copy"][0] / 1e6,
+            "matmul_tflops": 2 * 8192**3 / times["matmul"][0] / 1e9,
+        }
+
+
+def stopwatch(args):
+    """The Stopwatch of this machine; None where the kernels are interpreted and times would mean nothing."""
+    from triton_attention_launch import INTERPRETED
+
+    return None if INTERPRETED else Stopwatch(15 if args.quick else 40)
+
+
+def in_turns(calls, watch):
+    """Yield (name, times in ms, or what went wrong) as the last of a call's turns ends; the order rotates."""
+    names, turns = list(calls), {name: [] for name in calls}
+    if not calls:
+        return
+    watch.heat()
     for turn in range(ROUNDS):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            quantiles[name].append(do_bench(functions[name], warmup=10, rep=rep, quantiles=[0.5, 0.2, 0.8]))
-    return {name: tuple(statistics.median(q) for q in zip(*turns, strict=True)) for name, turns in quantiles.items()}
+            try:
+                turns[name].append(watch.time(calls[name]))
+            except Exception as error:
+                names = [other for other in names if other != name]
+                yield name, error
+                continue
+            if turn == ROUNDS - 1:
+                yield name, tuple(statistics.median(q) for q in zip(*turns[name], strict=True))
+        if not names:
+            return
 
 
-def check(comparison):
-    """{provider: (error, allowed, note)}: the error against float64 is at most twice PyTorch's plus a rounding step."""
+# ---- checking
+
+
+def reason(error):
+    """One line for the table: why there is no result."""
+    text = " ".join(str(error).split())
+    if type(error).__name__ == "OutOfMemoryError":
+        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
+        return "out of memory" + (f": could not allocate {asked.group(1)}" if asked else "")
+    if isinstance(error, MemoryError):
+        return f"out of memory: {text}"
+    if isinstance(error, ImportError):
+        return f"not installed: {text}"
+    sentence = text.split(". ")[0]
+    return f"{type(error).__name__}: {sentence[:160]}"
+
+
+def as_tuple(x):
+    return x if isinstance(x, tuple) else (x,)
+
+
+def error_of(got, exact):
+    """max |got - exact| / max |exact|, the worst of the tensors; inf where NaN or inf are not those of exact."""
     import torch
 
-    as_tuple = lambda x: x if isinstance(x, tuple) else (x,)  # noqa: E731
-    exact = [e.double() for e in as_tuple(comparison.exact())]
-    errors, verdicts = {}, {}
-    for name, provider in reversed(comparison.providers.items()):  # yardstick first
-        try:
-            picked = list(as_tuple(comparison.pick(provider())))
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            verdicts[name] = (None, None, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
+    worst = 0.0
+    for g, e in zip(as_tuple(got), as_tuple(exact), strict=True):
+        finite = e.isfinite()
+        if g.shape != e.shape or not torch.equal(g.isfinite(), finite):
+            return math.inf
+        off = (g.double() - e)[finite].abs().max().item() / e[finite].abs().max().item()
+        worst = max(worst, off)
+    return worst
+
+
+def allowance(comparison, dtype):
+    """(exact result, the error that is allowed): twice that of PyTorch's own operations and one rounding step."""
+    import torch
+
+    exact = tuple(e.double() for e in as_tuple(comparison.reference(torch.float64)))
+    return exact, 2 * error_of(comparison.reference(dtype), exact) + torch.finfo(dtype).eps
+
+
+def try_out(make, pick):
+    """Prepare a provider and run it twice: (call, what is checked, MiB that the call allocates at its peak).
+
+    The first result is overwritten with NaN before its memory is used again: what the kernel leaves unwritten shows.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    before = torch.cuda.memory_allocated() if cuda else 0
+    call = make()
+    for tensor in as_tuple(call()):
+        tensor.detach().fill_(math.nan)
+    del tensor
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    picked = tuple(t.detach().clone() for t in as_tuple(pick(call())))
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
+    return call, picked, peak
+
+
+def assert_alive():
+    """After a fault (an illegal address) every call fails: say so once, what was saved is safe."""
+    import torch
+
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise SystemExit(f"the GPU gave up ({reason(error)}); what is saved is safe, --resume goes on") from None
+
+
+# ---- the run
+
+
+def measure(case, results, limits, watch):
+    """Check and time the providers of a case that results lacks; yields each Row when it is final."""
+    names = [name for name in case.providers if not results.has(case.name, case.label, name)]
+    comparison = case.build()
+    truth = functools.cache(functools.partial(allowance, comparison))
+    alone = [[name] for name in names if name in comparison.alone]
+    for group in [[name for name in names if name not in comparison.alone], *alone]:
+        calls, rows = {}, {}
+        for name in group:
+            row = rows[name] = Row(case.name, case.label, name, about=case.about)
+            try:
+                call, picked, row.peak_mib = try_out(comparison.makes[name], comparison.pick)
+                exact, row.allowed = truth(picked[0].dtype)
+                error = error_of(picked, exact)
+            except Exception as error:
+                row.note = reason(error)
+                assert_alive()
+            else:
+                row.error = error if math.isfinite(error) else None
+                row.note = "" if error <= row.allowed else "WRONG"
+                if not row.note:
+                    calls[name] = call
+            call = picked = None
+            if row.note or watch is None:
+                yield row
+        if watch is None:
             continue
-        worst = 0.0
-        for got, right in zip(picked, exact, strict=True):
-            finite = right.isfinite()
-            off = (got.double() - right)[finite].abs().max().item() / right[finite].abs().max().item()
-            if not torch.equal(got.isfinite(), finite) or math.isnan(off):
-                off = math.inf
-            worst = max(worst, off)
-        errors[name] = worst
-        step = max(torch.finfo(t.dtype).eps for t in picked)
-        yardstick = errors.get(list(comparison.providers)[-1], math.inf)
-        allowed = 2 * yardstick + step
-        verdicts[name] = (worst, allowed, "" if worst <= allowed else "WRONG")
-    return verdicts
+        for name, times in in_turns(calls, watch):
+            row = rows[name]
+            if isinstance(times, Exception):
+                row.note = reason(times)
+                assert_alive()
+            else:
+                bytes, flops = comparison.own.get(name, (comparison.bytes, comparison.flops))
+                roof = max(bytes / limits["copy_gbps"] / 1e6, flops / limits["matmul_tflops"] / 1e9)
+                row.ms, row.ms_20, row.ms_80 = times
+                row.gbps, row.tflops = bytes / row.ms / 1e6, comparison.flops / row.ms / 1e9
+                row.of_roofline, row.intensity = roof / row.ms, flops / bytes
+            yield row
 
 
-COLUMNS = (
-    f"{'what':18} {'case':34} {'provider':13} {'ms':>8} {'[20 %, 80 %]':>17} {'GB/s':>6} {'of copy':>7} {'TFLOP/s':>8} "
-    f"{'speed-up':>8} {'error':>8} {'allowed':>8}"
-)
+def run(script, cases, args, watch, keep=None):
+    """Check, time, print and save every case; returns the rows of the file. Without a watch nothing is timed or saved.
 
-
-def show(row):
-    """Print one row of the table."""
-    number = lambda x, form: "-" if x is None else format(x, form)  # noqa: E731
-    spread = "-" if row.ms is None else f"[{row.ms_20:.3f}, {row.ms_80:.3f}]"
-    share = "-" if row.of_copy is None else f"{100 * row.of_copy:.1f} %"
-    print(
-        f"{row.name:18} {row.case:34} {row.provider:13} {number(row.ms, '.3f'):>8} {spread:>17} "
-        f"{number(row.gbps, '.0f'):>6} {share:>7} {number(row.tflops, '.1f'):>8} {number(row.speedup, '.2f'):>8} "
-        f"{number(row.error, '.1e'):>8} {number(row.allowed, '.1e'):>8}  {row.note}",
-        flush=True,
-    )
-
-
-def run(script, comparisons, args, interpreted):
-    """Check, time, print and save every comparison; returns the rows. Interpreted, nothing is timed or saved."""
+    keep says which rows of an earlier run stay in the file; none by default, and all of them with --resume.
+    """
     import torch
     from tqdm import tqdm
 
+    say = functools.partial(tqdm.write, file=sys.stdout)
     info = machine()
     print(" | ".join(f"{key} {value}" for key, value in info.items() if value))
-    limits = {} if interpreted else ceilings()
-    if interpreted:
-        print("No GPU: the kernels run in Triton's interpreter. The errors are real; times would mean nothing.")
+    if watch is None:
+        limits = {}
+        print("No GPU: a small case in Triton's interpreter. The errors are real; nothing is timed, saved or drawn.")
     else:
+        limits = watch.ceilings()
         copy, matmul = limits["copy_gbps"], limits["matmul_tflops"]
         print(f"ceilings, now: copy {copy:.0f} GB/s, bfloat16 matmul {matmul:.0f} TFLOP/s")
-    print("ms: median over turns; of copy: bytes that must move once / ms / copy; speed-up: over the last provider")
-    print("error: max |difference to float64| / max |float64|; allowed: twice the last provider's plus a rounding step")
+    path = path_of(args, script, info["gpu"])
+    results = Results(path, {**info, **limits}, (lambda row: True) if args.resume else keep or (lambda row: False))
+    print("ms: median over turns; roofline: share of what the ceilings allow; speed-up: over a case's last provider")
+    print("error: max |difference to float64| / max |float64|; allowed: twice PyTorch's in the dtype + a rounding step")
     print(COLUMNS, flush=True)
     rows = []
-    path = args.out / info["gpu"].replace(" ", "_") / f"{script}.json"
-    for comparison in tqdm(list(comparisons), disable=not sys.stderr.isatty(), leave=False):
-        comparison = comparison()
-        verdicts = check(comparison)
-        right = {name: f for name, f in comparison.providers.items() if not verdicts[name][2]}
-        times = {} if interpreted else time_in_turns(right, rep=15 if args.quick else 40)
-        base = times.get(list(comparison.providers)[-1])
-        for name in comparison.providers:
-            error, allowed, note = verdicts[name]
-            row = Row(comparison.name, comparison.case, name, error, allowed, note=note)
-            if name in times:
-                row.ms, row.ms_20, row.ms_80 = times[name]
-                row.gbps, row.tflops = comparison.bytes / row.ms / 1e6, comparison.flops / row.ms / 1e9
-                row.of_copy = row.gbps / limits["copy_gbps"]
-                row.speedup = base[0] / row.ms if base else None
-            show(row)
-            rows.append(row)
-        if not interpreted:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({**info, **limits, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
-            torch.cuda.empty_cache()
-        del comparison, right
-    if not interpreted:
-        print(f"written to {path}")
-    return rows
+    try:
+        for case in tqdm(list(cases), disable=not sys.stderr.isatty(), leave=False):
+            case.providers = [name for name in case.providers if wanted(name, args)]
+            if not case.providers or watch and all(results.has(case.name, case.label, name) for name in case.providers):
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # why SDPA's backends refuse: the row says that they do
+                for row in measure(case, results, limits, watch):
+                    if watch:
+                        results.add(row)
+                    rows.append(row)
+            of_case = {r.provider: r for r in [*results.rows, *rows] if r.point[:2] == (case.name, case.label)}
+            if watch:
+                results.settle(case.name, case.label, case.providers)
+            for name in case.providers:
+                show(of_case[name], of_case.get(case.providers[-1]), say)
+            sys.stdout.flush()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        again = shlex.join(sys.argv + ([] if args.resume else ["--resume"]))
+        kept = f"{len(results.rows)} points are in {path}; python3 {again} goes on" if watch else "nothing is saved"
+        print(f"\ninterrupted: {kept}")
+        raise SystemExit(130) from None
+    if watch:
+        print(f"{len(results.rows)} points in {path}")
+    return results.rows if watch else rows
 
 
-def readme():
-    """README.md with the table between its markers made from results/NVIDIA_H200/benchmark_attention.json."""
-    text = (HERE / "README.md").read_text()
-    path = HERE / "results/NVIDIA_H200/benchmark_attention.json"
-    if not path.exists():
-        return text
-    data = json.loads(path.read_text())
-    lines = [
-        "",
-        f"{data['gpu']}, driver {data['driver']}, torch {data['torch']}, triton {data['triton']}, "
-        f"commit {data['commit']}; copy {data['copy_gbps']:.0f} GB/s, "
-        f"bfloat16 matmul {data['matmul_tflops']:.0f} TFLOP/s.",
-        "",
-        "| what | case | Triton, ms | of copy | PyTorch, ms | faster | SDPA, ms |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    rows = {(r["name"], r["case"], r["provider"]): r for r in data["rows"] if r["ms"]}
-    for (name, case, provider), ours in rows.items():
-        theirs = rows.get((name, case, "torch"))
-        if provider != "triton" or not theirs:
-            continue
-        sdpa = rows.get((name, case, "torch SDPA"))
-        lines.append(
-            f"| {name} | {case} | {ours['ms']:.3f} | {100 * ours['of_copy']:.0f} % | {theirs['ms']:.3f} | "
-            f"{ours['speedup']:.2f}x | {format(sdpa['ms'], '.3f') if sdpa else ''} |"
-        )
-    begin, end = "<!-- results -->", "<!-- end of results -->"
-    return text[: text.index(begin) + len(begin)] + "\n".join(lines) + "\n\n" + text[text.index(end) :]
+def main():
+    from benchmark_readme import readme
+
+    p = argparse.ArgumentParser(description="Write the README's tables anew from the committed results.")
+    p.add_argument("--check", action="store_true", help="exit 1 if that would change the README")
+    check, path = p.parse_args().check, HERE / "README.md"
+    if check and readme() != path.read_text():
+        raise SystemExit("README.md does not show the committed results: run python3 benchmarking.py")
+    if not check:
+        path.write_text(readme())
 
 
 if __name__ == "__main__":
-    (HERE / "README.md").write_text(readme())
+    main()

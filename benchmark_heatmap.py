@@ -1,0 +1,42 @@
+"""How does the time of each kernel depend on its tile? Draws heatmap.png, BLOCK_M x BLOCK_N.
+
+    python3 benchmark_heatmap.py [--plot]      a minute or two on an H200
+
+Measures what results/<gpu>/benchmark_block_sizes.json lacks, as benchmark_block_sizes.py does, and draws it: the tile
+of the tuned table outlined, hatched what does not fit, crossed what is wrong. Only times of a GPU are drawn.
+"""
+
+import benchmark_block_sizes
+import benchmark_results
+import benchmarking
+
+SWEEP = list(benchmark_block_sizes.KERNELS)
+
+
+def rows(args, watch):
+    """The Cases of every kernel's tiles."""
+    for name in SWEEP:
+        yield from benchmark_block_sizes.rows(name, args, watch is None)
+
+
+def main():
+    args = benchmarking.parser(__doc__.split("\n")[0]).parse_args()
+    args.full, args.resume, wrong = False, True, False
+    if not args.plot:
+        watch = benchmarking.stopwatch(args)
+        found = benchmarking.run(benchmark_block_sizes.SCRIPT, rows(args, watch), args, watch)
+        wrong = any(row.note == "WRONG" for row in found)
+        for name in SWEEP if watch else ():
+            benchmark_block_sizes.mark_chosen(name, args)
+    if args.plot or watch:
+        import benchmark_figures
+
+        gpu = benchmark_results.SHOWN if args.plot else None  # else the one at hand
+        path = benchmark_results.path_of(args, benchmark_block_sizes.SCRIPT, gpu)
+        if not benchmark_figures.redraw_heatmap(path, benchmark_results.HERE / "heatmap.png"):
+            raise SystemExit(f"nothing to draw: {path} has no times")
+    raise SystemExit(wrong)
+
+
+if __name__ == "__main__":
+    main()

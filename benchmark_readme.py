@@ -1,0 +1,108 @@
+"""The README's results: tables and figures between markers, from results/<gpu>/*.json of one GPU, in plain Python.
+
+A block is <!-- results: name --> ... <!-- end of results -->; what is not measured yet leaves its block empty.
+"""
+
+import re
+
+from benchmark_results import HERE, SHOWN, load
+
+FOLDER = HERE / "results" / SHOWN
+BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def picture(name, says):
+    """The figure in the reader's light or dark mode."""
+    path = f"results/{SHOWN}/{name}"
+    if not (FOLDER / f"{name}.light.png").exists():
+        return []
+    return [
+        "",
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{path}.dark.png">'
+        f'<img alt="{says}" src="{path}.light.png"></picture>',
+    ]
+
+
+def conditions(info):
+    return (
+        f"{info['gpu']}, driver {info['driver']}, torch {info['torch']}, triton {info['triton']}, commit "
+        f"{info['commit']}; copy {info['copy_gbps']:.0f} GB/s, bfloat16 matmul {info['matmul_tflops']:.0f} TFLOP/s."
+    )
+
+
+def percent(x):
+    return "" if x is None else f"{100 * x:.0f} %"
+
+
+def two_sided(rows):
+    """Ours and PyTorch's for the same: the stages and the layer."""
+    lines = ["| what | case | Triton, ms | of roofline | PyTorch, ms | faster |", "|---|---|---|---|---|---|"]
+    found = {row.point: row for row in rows}
+    for row in rows:
+        theirs = found.get((row.name, row.case, "torch"))
+        if row.provider == "triton" and row.ms and theirs and theirs.ms:
+            lines.append(
+                f"| {row.name} | {row.case} | {row.ms:.3f} | {percent(row.of_roofline)} | {theirs.ms:.3f} | "
+                f"{theirs.ms / row.ms:.2f}x |"
+            )
+    return lines if len(lines) > 2 else []
+
+
+def many_sided(rows, name):
+    """A column for everybody who was timed, ms; the fastest in bold."""
+    rows = [row for row in rows if row.name == name]
+    names = [p for p in dict.fromkeys(row.provider for row in rows) if any(r.provider == p and r.ms for r in rows)]
+    if not names:
+        return []
+    lines = ["", f"{name.capitalize()}, ms:", "", f"| case | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for case in dict.fromkeys(row.case for row in rows):
+        times = {row.provider: row.ms for row in rows if row.case == case and row.ms}
+        best = min(times.values(), default=None)
+        cells = ["–" if name not in times else f"{times[name]:.3f}" for name in names]
+        cells = [f"**{c}**" if n in times and times[n] == best else c for n, c in zip(names, cells, strict=True)]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return lines
+
+
+def attention():
+    loaded = load(FOLDER / "benchmark_attention.json")
+    if not loaded:
+        return []
+    info, rows = loaded
+    pairs = {row.name for row in rows if {r.provider for r in rows if r.name == row.name} == {"triton", "torch"}}
+    lines = [conditions(info), "", *two_sided([row for row in rows if row.name in pairs])]
+    for name in dict.fromkeys(row.name for row in rows):
+        lines += [] if name in pairs else many_sided(rows, name)
+    lines += picture("benchmark_attention", "Bars: TFLOP/s of attention, forward and backward, for every provider")
+    return lines + picture("benchmark_roofline", "Every kernel as a point under the roofline of the GPU")
+
+
+def seq_lengths():
+    loaded = load(FOLDER / "benchmark_seq_lengths.json")
+    if not loaded:
+        return []
+    lines = ["Longer sequences: the stages end where two S x S matrices a head do not fit the memory any more."]
+    lines += ["", conditions(loaded[0])]
+    return lines + picture("benchmark_seq_lengths", "Time, TFLOP/s and memory of attention over the sequence length")
+
+
+def block_sizes():
+    if not load(FOLDER / "benchmark_block_sizes.json"):
+        return []
+    return [
+        "How the time of a kernel depends on its tile (hatched: it does not fit):", "",
+        "![Time of each kernel over BLOCK_M and BLOCK_N](heatmap.png)",
+    ]
+
+
+BLOCKS = {"attention": attention, "seq_lengths": seq_lengths, "block_sizes": block_sizes}
+
+
+def readme():
+    """README.md with its blocks made anew."""
+
+    def block(match):
+        lines = BLOCKS[match[2]]()
+        return match[1] + "".join(f"{line}\n" for line in (lines and ["", *lines, ""])) + match[3]
+
+    return BLOCK.sub(block, (HERE / "README.md").read_text())
