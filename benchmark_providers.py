@@ -201,7 +201,9 @@ def whole(module, function):
     return stage
 
 
-STAGES = {"scores": scores, "softmax": softmax, "values": values}
+STAGES = {
+    "scores": scores, "softmax": softmax, "values": values, "fused": whole("triton_attention_fused", "attention_fused"),
+}
 
 
 # ---- the whole of attention
@@ -296,6 +298,7 @@ def flash(module):
 
 
 ATTENTION = {
+    "triton fused": Provider(ours("triton_attention_fused", "attention_fused")),
     "triton staged": Provider(ours("triton_attention_layer", "attention_staged"), (2, 3)),
     "triton apart": Provider(three_functions, (2, 3), modes=("bwd",)),
     "SDPA cudnn": Provider(sdpa("CUDNN_ATTENTION")),

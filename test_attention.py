@@ -34,6 +34,7 @@ import benchmarking
 from benchmark_readme import readme
 from triton_attention_backward import dscores_op
 from triton_attention_dropout import dropout_op
+from triton_attention_fused import attention_fused, merge_attention
 from triton_attention_layer import TritonMultiheadAttention, attention_staged
 from triton_attention_launch import DEVICE, INTERPRETED, describe_device, hopper
 from triton_attention_scores import attention_scores, scores_op
@@ -126,6 +127,28 @@ def torch_staged(q, k, v, mask=None, is_causal=False, scale=None):
     return torch_values(probs, v), probs
 
 
+def torch_fused(
+    q, k, v, mask=None, is_causal=False, scale=None, window_size=(-1, -1), softcap=0.0, sinks=None, keep=None
+):
+    """(O, lse); keep is a dropout mask with its factor."""
+    s, (M, N) = torch_scores(q, k, scale), (q.shape[2], k.shape[2])
+    s = softcap * torch.tanh(s / softcap) if softcap else s
+    s = s.masked_fill(~mask, -INF) if mask is not None and mask.dtype == torch.bool else s if mask is None else s + mask
+    hidden = ~torch_visible(M, N) if is_causal else torch.zeros(M, N, dtype=torch.bool, device=s.device)
+    left, right = window_size
+    if left >= 0:
+        hidden = hidden | torch_visible(M, N, N - M - left - 1)
+    if right >= 0:
+        hidden = hidden | ~torch_visible(M, N, N - M + right)
+    s = s.masked_fill(hidden, -INF)
+    if sinks is not None:
+        s = torch.cat([s, sinks[None, :, None, None].expand(*s.shape[:3], 1)], -1)
+    nothing = (s == -INF).all(-1)
+    s = s.masked_fill(nothing[..., None], 0.0)  # logsumexp has no gradient at -inf
+    probs = s.softmax(-1).masked_fill(nothing[..., None], 0.0)[..., :N]
+    return torch_values(probs if keep is None else probs * keep, v), s.logsumexp(-1).masked_fill(nothing, -INF)
+
+
 def double(x):
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         return x
@@ -180,9 +203,14 @@ def staged(q, k, v, mask=None, is_causal=False, scale=None):
     return attention_staged(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=True)
 
 
+def fused(q, k, v, mask=None, is_causal=False, scale=None, **kwargs):
+    return attention_fused(q, k, v, mask, 0.0, is_causal, scale, enable_gqa=True, return_lse=True, **kwargs)
+
+
 # a new implementation is one line: name -> (ours, PyTorch's)
 ATTENTION = {
     "staged": (staged, torch_staged),
+    "fused": (fused, torch_fused),
     "three functions": (
         lambda q, k, v, mask=None, is_causal=False, scale=None: (
             attention_values(
@@ -222,12 +250,13 @@ def test_strides(layout):
     compare(attention_scores, torch_scores, q, k)
     compare(attention_softmax, torch_softmax, s)
     compare(attention_values, torch_values, s.detach().softmax(-1).requires_grad_(), v)
-    compare(staged, torch_staged, q, k, v, is_causal=True)
-    out, probs = staged(q, k, v)
-    grad = torch.autograd.grad(out.sum() + probs.sum(), q)[0]  # sum() hands back an expanded gradient, strides 0
-    exact = torch_staged(*(double(t) for t in (q, k, v)))
-    assert grad.shape == q.shape and grad.isfinite().all()
-    assert (out - exact[0]).abs().max() < 1e-5
+    for ours, theirs in ATTENTION.values():
+        compare(ours, theirs, q, k, v, is_causal=True)
+        out = ours(q, k, v)[0]
+        grad = torch.autograd.grad(out.sum(), v)[0]  # sum() hands back an expanded gradient, strides 0
+        exact = torch_staged(*(double(t) for t in (q, k, v)))[0]
+        exact_grad = torch.autograd.grad(torch_staged(*(double(t) for t in (q, k)), w := double(v))[0].sum(), w)[0]
+        assert (out - exact).abs().max() < 1e-5 and (grad - exact_grad).abs().max() < 1e-5
 
 
 def test_negative_views():
@@ -268,6 +297,7 @@ def test_scale(scale):
     q, k, v = (randn(1, 2, 40, 24) for _ in range(3))
     compare(attention_scores, torch_scores, q, k, scale=scale)
     compare(staged, torch_staged, q, k, v, scale=scale)
+    compare(fused, torch_fused, q, k, v, scale=scale)
 
 
 @pytest.mark.parametrize("D", [1, 3, 16, 24, 31, 40, 64, 72, 96, 128, 160, 300])
@@ -276,6 +306,8 @@ def test_head_dims(D):
     v = randn(1, 1, 33, 2 * D, layout="guarded")
     compare(attention_scores, torch_scores, q, k)
     compare(staged, torch_staged, q, k, v)
+    if D <= 128:
+        compare(fused, torch_fused, q, k, v)
 
 
 # ---- masks
@@ -307,6 +339,7 @@ def test_masks(dtype, is_causal):
         compare(lambda s, m: attention_softmax(s, m, is_causal=is_causal),
                 lambda s, m: torch_softmax(s, m, is_causal), s, mask)
         compare(staged, torch_staged, q, k, v, mask, is_causal=is_causal)
+        compare(fused, torch_fused, q, k, v, mask, is_causal=is_causal)
 
 
 def test_mask_in_another_dtype():
@@ -325,6 +358,7 @@ def test_causal_bias(M, N):
     for bias, diagonal in biases:
         keep = torch_visible(M, N, diagonal)
         compare(lambda q, k, v, b=bias: staged(q, k, v, b), lambda q, k, v, m=keep: torch_staged(q, k, v, m), q, k, v)
+        compare(lambda q, k, v, b=bias: fused(q, k, v, b), lambda q, k, v, m=keep: torch_fused(q, k, v, m), q, k, v)
         compare(lambda s, b=bias: attention_softmax(s, b), lambda s, m=keep: torch_softmax(s, m), s)
         keep = keep & torch_visible(M, N)
         compare(lambda q, k, v, b=bias: staged(q, k, v, b, is_causal=True),
