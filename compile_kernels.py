@@ -28,7 +28,8 @@ import triton_attention_launch  # noqa: E402
 from triton_attention_backward import dscores_op  # noqa: E402
 from triton_attention_dropout import dropout_op  # noqa: E402
 from triton_attention_fused import fused_op  # noqa: E402
-from triton_attention_fused_backward import fused_backward_op, fused_bias_gradient_op  # noqa: E402
+from triton_attention_fused_backward import fused_backward_op
+from triton_attention_fused_bias import fused_bias_gradient_op  # noqa: E402
 from triton_attention_scores import scores_op  # noqa: E402
 from triton_attention_softmax import mask_gradient_op, softmax_backward_op, softmax_mean_op, softmax_op  # noqa: E402
 from triton_attention_values import values_op  # noqa: E402
@@ -109,9 +110,9 @@ def fused_launches(dtype, D):
     for mask, right, kind in ((None, None, ""), (None, 0, " causal"), (bias, None, " bias")):
         arguments = (q, q, q, mask, None, None, *scalars, None, right, None, None)
         yield f"fused {name}{kind}", fused_op, arguments
-        arguments = (q, None, q, q, q, mask, None, q, lse, stats, *scalars, None, right)
+        arguments = (q, None, q, q, q, mask, None, q, lse, stats, *scalars, None, right, False)
         yield f"fused backward {name}{kind}", fused_backward_op, arguments
-    arguments = (q, q, q, q, bias, None, lse, stats, lse, [1, 1, 256, 256], *scalars, None, None)
+    arguments = (q, q, q, q, bias, None, lse, stats, lse, [1, 1, 256, 256], dtype, *scalars, None, None)
     yield f"fused bias gradient {name}", fused_bias_gradient_op, arguments
 
 

@@ -23,13 +23,14 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_attention_fused_backward import fused_arguments, fused_backward_op, fused_bias_gradient_op
+from triton_attention_fused_backward import exact, fused_arguments, fused_backward_op
+from triton_attention_fused_bias import fused_bias_gradient_op
 from triton_attention_launch import (
     DEVICE, INTERPRETED, autocast, check_blocks, check_dropout, check_flag, check_heads, check_mask, check_scale,
     check_shape, check_sinks, check_softcap, check_tensors, check_window,
     define_op, differentiate, fold, launch, tile_for, unfold,
 )
-from triton_attention_logits import LN2, LOG2E, key_range, logits
+from triton_attention_logits import LOG2E, exponential, key_range, load_pair, logits, store_pair
 from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
@@ -40,8 +41,8 @@ def _walk(
     acc, m_i, l_i, q, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
     begin, end, M, N, left, right, scale, dropout_p,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """Attend to the keys begin ... end, a tile at a time."""
@@ -50,14 +51,14 @@ def _walk(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k_t = load_tile(k_ptr, (k_strides[1], k_strides[0]), (D, N), offs_d, offs_n, 0.0, D != BLOCK_D, MASKED)
         qk = dot(q, k_t, tl.zeros([q.shape[0], BLOCK_N], acc.dtype), PRECISION)
-        x, _, factor = logits(
+        x, _ = logits(
             qk, offs_m[:, None], offs_n[None, :], M, N, left, right, mask_ptr, mask_strides, scale,
-            MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP,
+            MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
         )
-        m_new = tl.maximum(m_i, tl.max(x, 1) * factor)
+        m_new = tl.maximum(m_i, tl.max(x, 1) * (1.0 if SCALED else scale))
         finite = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-        p = tl.exp2(x * factor - finite[:, None])
-        alpha = tl.exp2(m_i - finite)
+        p = exponential(x, finite[:, None], scale, SCALED)
+        alpha = tl.exp2((m_i - finite) * LOG2E)
         l_i = l_i * alpha + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N), p, 0.0)
@@ -72,8 +73,8 @@ def _walk_one_by_one(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
     m_i, begin, end, M, N, left, right, scale, dropout_p,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
+    DROPOUT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """acc of a few rows, without the products 0 * NaN of a dot; m_i is their final maximum."""
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -82,11 +83,11 @@ def _walk_one_by_one(
     for n in range(begin, end):
         offs_n = n + tl.arange(0, 1)
         k = load_tile(k_ptr, k_strides, (N, D), offs_n, offs_d).to(m_i.dtype)
-        x, _, factor = logits(
+        x, _ = logits(
             tl.sum(q * k, 1)[:, None], offs_m[:, None], offs_n[None, :], M, N, left, right, mask_ptr, mask_strides,
-            scale, True, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP,
+            scale, True, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
         )
-        p = tl.exp2(x * factor - tl.where(m_i == float("-inf"), 0.0, m_i)[:, None])
+        p = exponential(x, tl.where(m_i == float("-inf"), 0.0, m_i)[:, None], scale, SCALED)
         if DROPOUT:
             keep = keep_mask(seed, off_b, off_h, offs_m, n // 16 * 16, dropout_p, 16)
             here = tl.sum(tl.where(tl.arange(0, 16)[None, :] == n % 16, keep, 0).to(tl.int32), 1)
@@ -107,7 +108,8 @@ def _fwd_kernel(
     lse_ptr, stats_ptr, seed_ptr, scale, dropout_p, keep_factor, H, GROUP, M, N, left, right, chunk,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
+    SCALED: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FEW: tl.constexpr,
 ):
     row_tiles, splits = tl.cdiv(M, BLOCK_M), tl.cdiv(N, chunk)
@@ -118,8 +120,7 @@ def _fwd_kernel(
     k_ptr = head_ptr(k_ptr, stride_kb, stride_kh, off_b, off_h // GROUP)
     v_ptr = head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_h // GROUP)
     o_ptr = head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h) + split.to(tl.int64) * stride_os
-    row = (off_b.to(tl.int64) * H + off_h) * M
-    lse_ptr += ((split * (tl.num_programs(0) // (row_tiles * splits))).to(tl.int64) + off_b * H + off_h) * M
+    row = ((split * (tl.num_programs(0) // (row_tiles * splits * H)) + off_b).to(tl.int64) * H + off_h) * M
     if HAS_MASK or HAS_BIAS:
         mask_ptr = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
     seed = 0
@@ -138,7 +139,7 @@ def _fwd_kernel(
     l_i = tl.zeros([BLOCK_M], ACC)
     if HAS_SINKS:  # a key without a value
         sinks = tl.load(sinks_ptr + off_h * stride_xh + offs_m * stride_xm, mask=offs_m < M, other=0.0)
-        m_i = tl.where(split == 0, sinks.to(ACC) * LOG2E, m_i)
+        m_i = tl.where(split == 0, sinks.to(ACC), m_i)
         l_i = tl.where(split == 0, 1.0, l_i)
 
     last_n = tl.minimum(first_n + chunk, N)
@@ -148,16 +149,16 @@ def _fwd_kernel(
         acc, m_i, l_i = _walk(
             acc, m_i, l_i, q, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
             bounds[part], bounds[part + 1], M, N, left, right, scale, dropout_p,
-            D, DV, part != 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, DROPOUT, PRECISION, PRECISION_V,
-            BLOCK_N, BLOCK_D, BLOCK_DV,
+            D, DV, part != 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PRECISION,
+            PRECISION_V, BLOCK_N, BLOCK_D, BLOCK_DV,
         )
 
-    total = keep_factor / tl.where(l_i == 0.0, 1.0, l_i)
+    total = keep_factor / tl.where((l_i == 0.0) | SPLIT, 1.0, l_i)  # parts are divided when they are merged
     store_tile(o_ptr, (stride_om, stride_od), (M, DV), offs_m, offs_e, acc * total[:, None])
-    tl.store(lse_ptr + offs_m, m_i * LN2 + tl.log(l_i), mask=offs_m < M)
-    if EXACT:
-        tl.store(stats_ptr + 2 * (row + offs_m), m_i, mask=offs_m < M)
-        tl.store(stats_ptr + 2 * (row + offs_m) + 1, 1.0 / tl.where(l_i == 0.0, 1.0, l_i), mask=offs_m < M)
+    if not SPLIT:
+        tl.store(lse_ptr + row + offs_m, m_i + tl.log(l_i), mask=offs_m < M)
+    if SPLIT or EXACT:
+        store_pair(stats_ptr, row + offs_m, m_i, l_i, offs_m < M)
     if LEFT or RIGHT or TENSOR:
         if tl.sum((acc != acc).to(tl.int32)) > 0:  # NaN or inf in V, perhaps only where a mask hides it
             for first in range(0, BLOCK_M, FEW):
@@ -168,7 +169,8 @@ def _fwd_kernel(
                 acc_few = _walk_one_by_one(
                     q_ptr, (stride_qm, stride_qd), k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides,
                     seed, off_b, off_h, start_m + chosen, m_few, bounds[0], bounds[3], M, N, left, right, scale,
-                    dropout_p, D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, DROPOUT, BLOCK_D, BLOCK_DV,
+                    dropout_p, D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT,
+                    BLOCK_D, BLOCK_DV,
                 )
                 store_tile(
                     o_ptr, (stride_om, stride_od), (M, DV), start_m + chosen, offs_e, acc_few * total_few[:, None]
@@ -177,24 +179,23 @@ def _fwd_kernel(
 
 @triton.jit(do_not_specialize=["splits", "rows"])
 def _merge_kernel(
-    part_ptr, part_lse_ptr, o_ptr, stride_ob, stride_oh, stride_om, stride_od, lse_ptr, stats_ptr,
+    part_ptr, part_stats_ptr, o_ptr, stride_ob, stride_oh, stride_om, stride_od, lse_ptr, stats_ptr,
     H, M, splits, rows, EXACT: tl.constexpr, DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """One row from its splits, each weighted by its share e^lse of the row's sum."""
+    """One row of O from its splits: one more step of the online softmax, all of them at once."""
     row = tl.program_id(0).to(tl.int64)
     offs_s, offs_e = tl.arange(0, SPLITS), tl.arange(0, BLOCK_DV)
-    lse = tl.load(part_lse_ptr + offs_s * rows + row, mask=offs_s < splits, other=float("-inf"))
-    m = tl.max(lse, 0)
-    weights = tl.exp(lse - tl.where(m == float("-inf"), 0.0, m))
-    total = tl.sum(weights, 0)
+    m_s, l_s = load_pair(part_stats_ptr, offs_s * rows + row, offs_s < splits, float("-inf"))
+    m = tl.max(m_s, 0)
+    alpha = tl.exp2((m_s - tl.where(m == float("-inf"), 0.0, m)) * LOG2E)
+    l = tl.sum(alpha * l_s, 0)  # noqa: E741
     parts = load_tile(part_ptr + row * DV, (rows * DV, 1), (splits, DV), offs_s, offs_e)
-    o = tl.sum(tl.where(weights[:, None] == 0.0, 0.0, weights[:, None] * parts), 0) / tl.where(total == 0.0, 1.0, total)
+    o = tl.sum(tl.where(alpha[:, None] == 0.0, 0.0, alpha[:, None] * parts), 0) / tl.where(l == 0.0, 1.0, l)
     o_ptr += row // (H * M) * stride_ob + row // M % H * stride_oh + row % M * stride_om
     tl.store(o_ptr + offs_e * stride_od, o.to(o_ptr.dtype.element_ty), mask=offs_e < DV)
-    tl.store(lse_ptr + row, m + tl.log(total))
+    tl.store(lse_ptr + row, m + tl.log(l))
     if EXACT:
-        tl.store(stats_ptr + 2 * row, m * LOG2E)
-        tl.store(stats_ptr + 2 * row + 1, 1.0 / tl.where(total == 0.0, 1.0, total))
+        store_pair(stats_ptr, row, m, l, row >= 0)
 
 
 @functools.lru_cache
@@ -208,9 +209,9 @@ def _splits(programs, N, block_n, device):
 
 
 def _outputs(q, k, v, *_):
-    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    B, H, M = q.shape[:3]
-    return q.new_empty(B, H, M, v.shape[3]), lse, lse.new_empty(B, H, M, 2 if q.element_size() >= 4 else 0)
+    (B, H, M), wide = q.shape[:3], torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse, stats = (q.new_empty(shape, dtype=wide) for shape in ((B, H, M), (B, H, M, 2 if exact(q.dtype) else 0)))
+    return q.new_empty(B, H, M, v.shape[3]), lse, stats
 
 
 def _one_query(q, k, v, mask, sinks, o, lse, left, right):
@@ -230,8 +231,8 @@ def fused_op(
     block_m: int | None, block_n: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(O [B, H, M, Dv], lse [B, H, M], stats); the mask is 4-D, of full size or expanded to it; query m sees the keys
-    m + left ... m + right, or all on a side that is None. stats [B, H, M, 2], for the backward pass, are the row maxima
-    in base 2 and 1 / row sum, where the rounding of lse would show: for float32 and float64; empty else."""
+    m + left ... m + right, or all on a side that is None. stats [B, H, M, 2] are the maxima of rows and the sums of
+    their exponentials, for the backward pass where the rounding of lse would show (see exact); else empty."""
     outputs = o, lse, stats = _outputs(q, k, v)
     if lse.numel() == 0:
         return outputs
@@ -252,20 +253,20 @@ def fused_op(
     splits = _splits(programs, N, tile.BLOCK_N, q.device)
     chunk = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
     splits = triton.cdiv(N, chunk)
-    part, part_lse = o[None], lse
+    part, part_stats = o[None], stats
     if splits > 1:
-        part, part_lse = lse.new_empty(splits, *o.shape), lse.new_empty(splits, *lse.shape)
+        part, part_stats = lse.new_empty(splits, *o.shape), lse.new_empty(splits, *lse.shape, 2)
     launch(
         _fwd_kernel, splits * programs,
         q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, *mask_strides, sinks, *sinks_strides,
-        part, *part.stride(), part_lse, stats, seed, *scalars, H, H // Hk, M, N, left or 0, right or 0, chunk,
-        **constants, HAS_SINKS=sinks is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        part, *part.stride(), lse, part_stats, seed, *scalars, H, H // Hk, M, N, left or 0, right or 0, chunk,
+        **constants, HAS_SINKS=sinks is not None, SPLIT=splits > 1, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         FEW=tile.BLOCK_M if INTERPRETED else 16, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )
     if splits > 1:
         launch(
             _merge_kernel, B * H * M,
-            part, part_lse, o, *o.stride(), lse, stats, H, M, splits, B * H * M,
+            part, part_stats, o, *o.stride(), lse, stats, H, M, splits, B * H * M,
             **{name: constants[name] for name in ("EXACT", "DV", "BLOCK_DV")},
             SPLITS=triton.next_power_of_2(splits), num_warps=4,
         )
@@ -276,9 +277,9 @@ class Fused(torch.autograd.Function):
     """(O, lse); the arguments are those of fused_op, the mask with its sizes of 1."""
 
     @staticmethod
-    def forward(q, k, v, mask, sinks, seed, *options):
+    def forward(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n):
         full = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
-        return fused_op(q, k, v, full, sinks, seed, *options)
+        return fused_op(q, k, v, full, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -310,19 +311,23 @@ class FusedBackward(torch.autograd.Function):
     """(dQ, dK, dV, dmask or None, dsinks or None)."""
 
     @staticmethod
-    def forward(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dropout_p, left, right, *needs):
+    def forward(
+        do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dropout_p, left, right,
+        needs_dmask, needs_dsinks,
+    ):
         full = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
         options = (scale, softcap, dropout_p, left, right)
-        dq, dk, dv, delta = fused_backward_op(do, dlse, q, k, v, full, seed, o, lse, stats, *options)
+        dq, dk, dv, delta = fused_backward_op(do, dlse, q, k, v, full, seed, o, lse, stats, *options, sinks is not None)
         dmask = dsinks = None
-        if needs[0]:
-            dmask = fused_bias_gradient_op(do, q, k, v, full, seed, lse, stats, delta, list(mask.shape), *options)
-        if needs[1]:  # the sink's weight e^(sink - lse) has no value: dP = 0, so its gradient is -P delta
+        if needs_dmask:
+            shape = list(mask.shape)
+            dmask = fused_bias_gradient_op(do, q, k, v, full, seed, lse, stats, delta, shape, mask.dtype, *options)
+        if needs_dsinks:  # the sink's weight e^(sink - lse) has no value: dP = 0, so its gradient is -P delta
             weight = torch.exp(sinks[:, None] - lse)
-            if stats.numel() > 0:
-                weight = torch.exp2(sinks[:, None].double() / math.log(2) - stats[..., 0]) * stats[..., 1]
+            if exact(q.dtype):
+                weight = torch.exp(sinks[:, None] - stats[..., 0]) / stats[..., 1]
             weight = weight.masked_fill(lse == -math.inf, 0.0)
-            dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
+            dsinks = -(weight * delta.sum(-1)).sum((0, 2)).to(sinks.dtype)
         return dq, dk, dv, dmask, dsinks
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""dQ, dK, dV (and the gradient of a bias) of the fused kernel: P is computed again, tile by tile, instead of stored.
+"""dQ, dK, dV of the fused kernel: P is computed again, tile by tile, instead of stored.
 
     P  = e^(logits - lse)                 lse came from the forward pass: no maximum, no sum, no correction. For
                                           float32, e^(logits - m) / l, free of the rounding of lse
@@ -18,43 +18,68 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_attention_launch import define_op, dot_precision, launch, tile_for
-from triton_attention_logits import LOG2E, key_range, logits, query_range
+from triton_attention_launch import INTERPRETED, define_op, dot_precision, launch, tile_for
+from triton_attention_logits import exponential, key_range, load_pair, logits, query_range, store_pair
 from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
 
 
 @triton.jit
-def _load_normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT: tl.constexpr):
-    """(what to subtract from base-2 logits, what to multiply the exponential by); -inf, of a query that sees nothing,
-    as 0."""
+def load_normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT: tl.constexpr):
+    """(top, inverse), with which P = e^(logits - top) * inverse; a query that sees nothing, all -inf, has top 0."""
     if EXACT:
-        stats_ptr += 2 * (row + offs_m)
-        m = tl.load(stats_ptr, mask=offs_m < M, other=0.0)
-        return tl.where(m == float("-inf"), 0.0, m), tl.load(stats_ptr + 1, mask=offs_m < M, other=0.0)
-    lse = tl.load(lse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
-    return tl.where(lse == float("-inf"), 0.0, lse) * LOG2E, lse
+        top, l_i = load_pair(stats_ptr, row + offs_m, offs_m < M, float("-inf"))
+        inverse = 1.0 / tl.where(l_i == 0.0, 1.0, l_i)
+    else:
+        top = tl.load(lse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
+        inverse = top
+    return tl.where(top == float("-inf"), 0.0, top), inverse
 
 
 @triton.jit
-def _probs_and_dscores(
-    qk, dp, top, inverse, delta, keep, m, n, M, N, left, right, mask_ptr, mask_strides, scale, keep_factor,
-    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
+def load_delta(delta_ptr, row, offs_m, M, EXACT: tl.constexpr):
+    """(delta, rest), with which dS = P * (dP - delta - rest)."""
+    if EXACT:
+        delta, rest = load_pair(delta_ptr, row + offs_m, offs_m < M, 0.0)
+    else:
+        delta = tl.load(delta_ptr + row + offs_m, mask=offs_m < M, other=0.0)
+        rest = delta
+    return delta, rest
+
+
+@triton.jit
+def probs_and_dscores(
+    qk, dp, rows, offs_m, start_n, M, N, left, right, mask_ptr, mask_strides, scale, dropout,
+    M_AXIS: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """(P after dropout, d loss / d logit, d loss / d (scale Q K^T)) of a tile."""
-    x, tanh, factor = logits(
-        qk, m, n, M, N, left, right, mask_ptr, mask_strides, scale, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP
+    """(P after dropout, d loss / d logit, d loss / d (scale Q K^T)) of a tile with its queries along M_AXIS, 0 or 1.
+
+    rows are the queries' (top, inverse, delta, rest), dropout is (seed, off_b, off_h, dropout_p, keep_factor).
+    """
+    top, inverse = tl.expand_dims(rows[0], 1 - M_AXIS), tl.expand_dims(rows[1], 1 - M_AXIS)
+    delta, rest = tl.expand_dims(rows[2], 1 - M_AXIS), tl.expand_dims(rows[3], 1 - M_AXIS)
+    m, n = tl.expand_dims(offs_m, 1 - M_AXIS), tl.expand_dims(start_n + tl.arange(0, BLOCK_N), M_AXIS)
+    x, tanh = logits(
+        qk, m, n, M, N, left, right, mask_ptr, mask_strides, scale,
+        MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
     )
-    p = tl.exp2(x * factor - top)
+    p = exponential(x, top, scale, SCALED)
     if EXACT:
         p *= inverse
     if MASKED:
         p = tl.where(x == float("-inf"), 0.0, p)
     kept = p
     if DROPOUT:
-        kept = tl.where(keep, p * keep_factor, 0.0)
-        dp = tl.where(keep, dp * keep_factor, 0.0)
-    ds = p * (dp - delta)
+        keep = keep_mask(dropout[0], dropout[1], dropout[2], offs_m, start_n, dropout[3], BLOCK_N)
+        if M_AXIS == 1:
+            keep = tl.trans(keep.to(tl.int32)) > 0
+        kept = tl.where(keep, p * dropout[4], 0.0)
+        dp = tl.where(keep, dp * dropout[4], 0.0)
+    ds = dp - delta
+    if EXACT:
+        ds -= rest
+    ds *= p
     if MASKED:  # a hidden key may hold NaN
         ds = tl.where(p == 0.0, 0.0, ds)
     ds_qk = ds
@@ -65,13 +90,14 @@ def _probs_and_dscores(
 
 @triton.jit
 def _walk_keys(
-    acc, q, do, top, inverse, delta, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h,
-    offs_m, begin, end, M, N, left, right, scale, dropout_p, keep_factor, SUM: tl.constexpr,
+    acc, q, do, rows, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, offs_m, begin, end,
+    M, N, left, right, scale, dropout, SUM: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
+    """acc plus dS K, or the row sums of dS, over the keys begin ... end."""
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     for start_n in range(begin, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -80,13 +106,9 @@ def _walk_keys(
         zeros = tl.zeros([q.shape[0], BLOCK_N], acc.dtype)
         qk = dot(q, tl.trans(k), zeros, PRECISION)
         dp = dot(do, tl.trans(v), zeros, PRECISION)
-        keep = qk
-        if DROPOUT:
-            keep = keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N)
-        _, ds_logits, ds = _probs_and_dscores(
-            qk, dp, top[:, None], inverse[:, None], delta[:, None], keep, offs_m[:, None], offs_n[None, :],
-            M, N, left, right, mask_ptr, mask_strides, scale, keep_factor,
-            MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, DROPOUT, EXACT,
+        _, ds_logits, ds = probs_and_dscores(
+            qk, dp, rows, offs_m, start_n, M, N, left, right, mask_ptr, mask_strides, scale, dropout,
+            0, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT, BLOCK_N,
         )
         if SUM:
             acc += tl.sum(ds_logits, 1)
@@ -108,13 +130,14 @@ def _dq_kernel(
     lse_ptr, stats_ptr, dlse_ptr, delta_ptr, dq_ptr, stride_rb, stride_rh, stride_rm, stride_rd,
     seed_ptr, scale, dropout_p, keep_factor, H, GROUP, M, N, left, right,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DLSE: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     row_tiles = tl.cdiv(M, BLOCK_M)
     tile, off_b, off_h = split_program(tl.program_id(0), row_tiles, H)
-    start_m = (row_tiles - 1 - tile) * BLOCK_M
+    start_m = (row_tiles - 1 - tile) * BLOCK_M  # causal: the longest rows first
     do_ptr = head_ptr(do_ptr, stride_gb, stride_gh, off_b, off_h)
     q_ptr = head_ptr(q_ptr, stride_qb, stride_qh, off_b, off_h)
     k_ptr = head_ptr(k_ptr, stride_kb, stride_kh, off_b, off_h // GROUP)
@@ -127,8 +150,8 @@ def _dq_kernel(
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
+    dropout = (seed, off_b, off_h, dropout_p, keep_factor)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
-    k_strides, v_strides, mask_strides = (stride_kn, stride_kd), (stride_vn, stride_vd), (stride_am, stride_an)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -136,34 +159,41 @@ def _dq_kernel(
     if SIGN != 1:
         q = (q * SIGN).to(q.dtype)
     do = load_tile(do_ptr, (stride_gm, stride_gd), (M, DV), offs_m, offs_e)
-    top, inverse = _load_normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT)
+    o = load_tile(o_ptr, (stride_om, stride_od), (M, DV), offs_m, offs_e)
+    top, inverse = load_normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT)
     TENSOR: tl.constexpr = HAS_MASK or HAS_BIAS
     bounds = key_range(start_m, 0, N, left, right, LEFT, RIGHT, TENSOR, BLOCK_M, BLOCK_N)
 
-    delta = tl.zeros([BLOCK_M], ACC)
-    if EXACT:  # a walk of its own: dP - rowsum(dO * O) would lose digits that dP - rowsum(P * dP) keeps
-        total = delta
+    delta = tl.sum(do.to(ACC) * o.to(ACC), 1)
+    rest = tl.zeros([BLOCK_M], ACC)
+    if EXACT:  # a walk of its own, for what rounding leaves over: much, where one key has almost all of the weight
+        if HAS_SINKS:  # the rest is rowsum(P * (dP - delta)) where P sums to 1
+            delta = rest
+        total = rest
         for part in tl.static_range(0 if LEFT or TENSOR else 1, 1 if TENSOR else 3):
             total = _walk_keys(
-                total, q, do, top, inverse, delta, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed,
-                off_b, off_h, offs_m, bounds[part], bounds[part + 1], M, N, left, right, scale, dropout_p, keep_factor,
-                True, D, DV, part != 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, DROPOUT, EXACT,
+                total, q, do, (top, inverse, delta, rest), k_ptr, (stride_kn, stride_kd), v_ptr, (stride_vn, stride_vd),
+                mask_ptr, (stride_am, stride_an), offs_m, bounds[part], bounds[part + 1],
+                M, N, left, right, scale, dropout, True,
+                D, DV, part != 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
                 PRECISION, PRECISION_V, BLOCK_N, BLOCK_D, BLOCK_DV,
             )
-        delta = total
-    else:
-        o = load_tile(o_ptr, (stride_om, stride_od), (M, DV), offs_m, offs_e)
-        delta = tl.sum(do.to(ACC) * o.to(ACC), 1)
+        rest = total
     if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
-    tl.store(delta_ptr + row + offs_m, delta, mask=offs_m < M)
+        dlse = tl.load(dlse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
+        delta, rest = delta - (0.0 if EXACT else dlse), rest - dlse
+    if EXACT:
+        store_pair(delta_ptr, row + offs_m, delta, rest, offs_m < M)
+    else:
+        tl.store(delta_ptr + row + offs_m, delta, mask=offs_m < M)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     for part in tl.static_range(0 if LEFT or TENSOR else 1, 1 if TENSOR else 3):
         dq = _walk_keys(
-            dq, q, do, top, inverse, delta, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed,
-            off_b, off_h, offs_m, bounds[part], bounds[part + 1], M, N, left, right, scale, dropout_p, keep_factor,
-            False, D, DV, part != 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, DROPOUT, EXACT,
+            dq, q, do, (top, inverse, delta, rest), k_ptr, (stride_kn, stride_kd), v_ptr, (stride_vn, stride_vd),
+            mask_ptr, (stride_am, stride_an), offs_m, bounds[part], bounds[part + 1],
+            M, N, left, right, scale, dropout, False,
+            D, DV, part != 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
             PRECISION, PRECISION_V, BLOCK_N, BLOCK_D, BLOCK_DV,
         )
     store_tile(dq_ptr, (stride_rm, stride_rd), (M, D), offs_m, offs_d, dq * (scale * SIGN))
@@ -172,31 +202,26 @@ def _dq_kernel(
 @triton.jit
 def _walk_queries(
     dk, dv, k, v, do_ptr, do_strides, q_ptr, q_strides, mask_ptr, mask_strides, lse_ptr, stats_ptr, delta_ptr, row,
-    seed, off_b, off_h, start_n, begin, end, M, N, left, right, scale, dropout_p, keep_factor,
+    start_n, begin, end, M, N, left, right, scale, dropout,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    offs_n = start_n + tl.arange(0, BLOCK_N)
+    """(dk + dS^T Q, dv + P^T dO) over the queries begin ... end."""
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     for start_m in range(begin, end, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = load_tile(q_ptr, q_strides, (M, D), offs_m, offs_d, 0.0, MASKED, D != BLOCK_D)
         do = load_tile(do_ptr, do_strides, (M, DV), offs_m, offs_e, 0.0, MASKED, DV != BLOCK_DV)
-        top, inverse = _load_normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT)
-        delta = tl.load(delta_ptr + row + offs_m, mask=offs_m < M, other=0.0)
+        top, inverse = load_normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT)
+        delta, rest = load_delta(delta_ptr, row, offs_m, M, EXACT)
         zeros = tl.zeros([BLOCK_N, BLOCK_M], dk.dtype)
         qk_t = dot(k, tl.trans(q), zeros, PRECISION)
         dp_t = dot(v, tl.trans(do), zeros, PRECISION)
-        keep = qk_t
-        if DROPOUT:
-            keep = keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N)
-            keep = tl.trans(keep.to(tl.int32)) > 0
-        p_t, _, ds_t = _probs_and_dscores(
-            qk_t, dp_t, top[None, :], inverse[None, :], delta[None, :], keep, offs_m[None, :], offs_n[:, None],
-            M, N, left, right, mask_ptr, mask_strides, scale, keep_factor,
-            MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, DROPOUT, EXACT,
+        p_t, _, ds_t = probs_and_dscores(
+            qk_t, dp_t, (top, inverse, delta, rest), offs_m, start_n, M, N, left, right, mask_ptr, mask_strides,
+            scale, dropout, 1, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT, BLOCK_N,
         )
         dv = dot(p_t.to(do.dtype), do, dv, PRECISION_V)
         dk = dot(ds_t.to(q.dtype), q, dk, PRECISION_V)
@@ -215,7 +240,7 @@ def _dkdv_kernel(
     dv_ptr, stride_wb, stride_wh, stride_wn, stride_wd,
     seed_ptr, scale, dropout_p, keep_factor, H, GROUP, M, N, left, right,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -229,7 +254,6 @@ def _dkdv_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
-    do_strides, q_strides, mask_strides = (stride_gm, stride_gd), (stride_qm, stride_qd), (stride_am, stride_an)
 
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -252,80 +276,20 @@ def _dkdv_kernel(
         row = (off_b.to(tl.int64) * H + off_h) * M
         for part in tl.static_range(0 if RIGHT or TENSOR else 1, 1 if TENSOR else 3):
             dk, dv = _walk_queries(
-                dk, dv, k, v, do_head, do_strides, q_head, q_strides, mask_head, mask_strides, lse_ptr, stats_ptr,
-                delta_ptr, row, seed, off_b, off_h, start_n, bounds[part], bounds[part + 1], M, N, left, right,
-                scale, dropout_p, keep_factor, D, DV, part != 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, DROPOUT,
-                EXACT, PRECISION, PRECISION_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                dk, dv, k, v, do_head, (stride_gm, stride_gd), q_head, (stride_qm, stride_qd),
+                mask_head, (stride_am, stride_an), lse_ptr, stats_ptr, delta_ptr, row,
+                start_n, bounds[part], bounds[part + 1],
+                M, N, left, right, scale, (seed, off_b, off_h, dropout_p, keep_factor),
+                D, DV, part != 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
+                PRECISION, PRECISION_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )
     store_tile(dk_ptr, (stride_rn, stride_rd), (N, D), offs_n, offs_d, dk * (scale * SIGN))
     store_tile(dv_ptr, (stride_wn, stride_wd), (N, DV), offs_n, offs_e, dv)
 
 
-@triton.jit(do_not_specialize=["B", "H", "GROUP", "M", "N", "left", "right", "GH", "GM", "GN"])
-def _dbias_kernel(
-    do_ptr, stride_gb, stride_gh, stride_gm, stride_gd,
-    q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
-    k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
-    v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
-    mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
-    lse_ptr, stats_ptr, delta_ptr, dbias_ptr, stride_rb, stride_rh, stride_rm, stride_rn,
-    seed_ptr, scale, dropout_p, keep_factor, B, H, GROUP, M, N, left, right, GH, GM, GN,
-    D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_M: tl.constexpr, SUM_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):
-    """One tile of the bias's gradient [GB, GH, GM, GN]: dS summed over the dimensions where the bias has size 1."""
-    col_tiles = tl.cdiv(GN, BLOCK_N)
-    tile, first_b, first_h = split_program(tl.program_id(0), tl.cdiv(GM, BLOCK_M) * col_tiles, GH)
-    start_m, start_n = tile // col_tiles * BLOCK_M, tile % col_tiles * BLOCK_N
-    offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
-    seed = 0
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
-
-    acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    for b in range(0, B if SUM_B else 1):
-        for h in range(0, H if SUM_H else 1):
-            off_b, off_h = first_b + b, first_h + h
-            row = (off_b.to(tl.int64) * H + off_h) * M
-            do_head = head_ptr(do_ptr, stride_gb, stride_gh, off_b, off_h)
-            q_head = head_ptr(q_ptr, stride_qb, stride_qh, off_b, off_h)
-            k_head = head_ptr(k_ptr, stride_kb, stride_kh, off_b, off_h // GROUP)
-            v_head = head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_h // GROUP)
-            mask_head = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
-            for m in range(start_m, M if SUM_M else start_m + 1, BLOCK_M):
-                offs_m = m + tl.arange(0, BLOCK_M)
-                q = load_tile(q_head, (stride_qm, stride_qd), (M, D), offs_m, offs_d)
-                if SIGN != 1:
-                    q = (q * SIGN).to(q.dtype)
-                do = load_tile(do_head, (stride_gm, stride_gd), (M, DV), offs_m, offs_e)
-                top, inverse = _load_normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT)
-                delta = tl.load(delta_ptr + row + offs_m, mask=offs_m < M, other=0.0)
-                for n in range(start_n, N if SUM_N else start_n + 1, BLOCK_N):
-                    offs_n = n + tl.arange(0, BLOCK_N)
-                    k = load_tile(k_head, (stride_kn, stride_kd), (N, D), offs_n, offs_d)
-                    v = load_tile(v_head, (stride_vn, stride_vd), (N, DV), offs_n, offs_e)
-                    zeros = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-                    qk = dot(q, tl.trans(k), zeros, PRECISION)
-                    dp = dot(do, tl.trans(v), zeros, PRECISION)
-                    keep = qk
-                    if DROPOUT:
-                        keep = keep_mask(seed, off_b, off_h, offs_m, n, dropout_p, BLOCK_N)
-                    _, ds, _ = _probs_and_dscores(
-                        qk, dp, top[:, None], inverse[:, None], delta[:, None], keep, offs_m[:, None],
-                        offs_n[None, :], M, N, left, right, mask_head, (stride_am, stride_an), scale, keep_factor,
-                        True, LEFT, RIGHT, False, True, SOFTCAP, DROPOUT, EXACT,
-                    )
-                    acc += tl.where(offs_m[:, None] < M, ds, 0.0)
-    if SUM_M:
-        acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], acc.shape)
-    if SUM_N:
-        acc = tl.broadcast_to(tl.sum(acc, 1)[:, None], acc.shape)
-    dbias_ptr = head_ptr(dbias_ptr, stride_rb, stride_rh, first_b, first_h)
-    offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
-    store_tile(dbias_ptr, (stride_rm, stride_rn), (GM, GN), offs_m, offs_n, acc)
+def exact(dtype):
+    """Whether P must be as exact as float32: from the maximum and the sum of a row, not from the rounded lse."""
+    return dtype.itemsize >= 4 or (INTERPRETED and dtype == torch.bfloat16)  # which is interpreted as float32
 
 
 def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
@@ -340,13 +304,14 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
     sign = (scale > 0) - (scale < 0)
     strides = (0, 0, 0, 0) if mask is None else mask.stride()
     has_mask = mask is not None and mask.dtype == torch.bool
+    has_bias = mask is not None and not has_mask
     mask = mask.view(torch.uint8) if has_mask else mask
     scalars = (scale * sign if sign else 1.0, dropout_p, keep_factor)
     D, DV = int(q.shape[3]), int(v.shape[3])
     constants = {
         "D": D, "DV": DV, "SIGN": sign, "LEFT": left is not None, "RIGHT": right is not None, "HAS_MASK": has_mask,
-        "HAS_BIAS": mask is not None and not has_mask, "SOFTCAP": softcap,
-        "DROPOUT": dropout_p > 0.0, "EXACT": q.element_size() >= 4,
+        "HAS_BIAS": has_bias, "SOFTCAP": softcap, "SCALED": exact(q.dtype) or has_bias or softcap > 0.0,
+        "DROPOUT": dropout_p > 0.0, "EXACT": exact(q.dtype),
         "PRECISION": dot_precision(q.dtype), "PRECISION_V": dot_precision(q.dtype, "bf16x6"),
         "BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
     }
@@ -354,23 +319,25 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
 
 
 def _fused_gradients(do, dlse, q, k, v, mask, seed, o, lse, stats, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lse.new_empty(lse.shape)
+    delta = lse.new_empty(*lse.shape, 2 if exact(q.dtype) else 1)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), delta
 
 
 @define_op("fused_backward", fake=_fused_gradients, wide=(3,))
 def fused_backward_op(
     do: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    mask: torch.Tensor | None, seed: torch.Tensor | None, o: torch.Tensor, lse: torch.Tensor,
-    stats: torch.Tensor,
-    scale: float, softcap: float, dropout_p: float, left: int | None, right: int | None,
+    mask: torch.Tensor | None, seed: torch.Tensor | None, o: torch.Tensor, lse: torch.Tensor, stats: torch.Tensor,
+    scale: float, softcap: float, dropout_p: float, left: int | None, right: int | None, has_sinks: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dQ, dK, dV, delta [B, H, M]) of do like O, dlse like lse, and what fused_op took and returned."""
+    """(dQ, dK, dV, delta) of do like O, dlse like lse, and what fused_op took and returned. delta [B, H, M, 1 or 2] is
+    in two parts, to be added, where one would be rounded too much (see exact)."""
     (B, H, M), (Hk, N) = q.shape[:3], k.shape[1:3]
     dq, dk, dv, delta = outputs = _fused_gradients(do, dlse, q, k, v, mask, seed, o, lse, stats)
     if B * H * M * N == 0:
         for t in outputs:
             t.zero_()
         return outputs
+    lse, stats = lse.contiguous(), stats.contiguous()  # which vmap may have expanded
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     width = max(constants["D"], constants["DV"])
     tile = tile_for("fused dq", q.dtype, width, right is not None)
@@ -379,7 +346,7 @@ def fused_backward_op(
         do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(), mask, *mask_strides,
         lse, stats, None if dlse is None else dlse.contiguous(), delta, dq, *dq.stride(),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
-        **constants, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        **constants, HAS_SINKS=has_sinks, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )
     tile = tile_for("fused dkdv", q.dtype, width, right is not None)
@@ -395,33 +362,3 @@ def fused_backward_op(
         dq *= scale
         dv *= 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
     return outputs
-
-
-def _bias_gradient(do, q, k, v, mask, seed, lse, stats, delta, shape, *_):
-    return mask.new_empty(shape)
-
-
-@define_op("fused_bias_gradient", fake=_bias_gradient)
-def fused_bias_gradient_op(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor,
-    seed: torch.Tensor | None, lse: torch.Tensor, stats: torch.Tensor, delta: torch.Tensor, shape: list[int],
-    scale: float, softcap: float, dropout_p: float, left: int | None, right: int | None,
-) -> torch.Tensor:
-    """dS summed to the bias's own 4-D shape; `mask` is that bias, expanded."""
-    (B, H, M), (Hk, N), dbias = q.shape[:3], k.shape[1:3], mask.new_empty(shape)
-    if dbias.numel() == 0 or B * H * M * N == 0:
-        return dbias.zero_()
-    q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
-    for flag in ("HAS_MASK", "HAS_BIAS", "PRECISION_V"):
-        del constants[flag]
-    tile = tile_for("fused dbias", q.dtype, max(constants["D"], constants["DV"]), False)
-    sums = [size == 1 for size in shape]
-    launch(
-        _dbias_kernel, shape[0] * shape[1] * triton.cdiv(shape[2], tile.BLOCK_M) * triton.cdiv(shape[3], tile.BLOCK_N),
-        do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, *mask_strides,
-        lse, stats, delta, dbias, *dbias.stride(),
-        seed, *scalars, B, H, H // Hk, M, N, left or 0, right or 0, *shape[1:],
-        **constants, SUM_B=sums[0], SUM_H=sums[1], SUM_M=sums[2], SUM_N=sums[3],
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )
-    return dbias

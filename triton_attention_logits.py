@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -72,21 +71,18 @@ def hyperbolic_tangent(x):
 def logits(
     qk, m, n, M, N, left, right, mask_ptr, mask_strides, scale,
     MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
 ):
-    """(x, tanh, factor): a tile's logits are x * factor / log2(e), -inf where m may not see n.
+    """(x, tanh): the logits x of a tile of Q K^T, -inf where m may not see n; without the scale if not SCALED.
 
-    m and n index the tile and broadcast against it, either way round. Without bias and softcap, x is qk itself: the
-    scale then costs nothing, as part of the fused multiply-add that subtracts the maximum.
+    m and n index the tile and broadcast against it, either way round.
     """
-    x, tanh, factor = qk, qk, scale * LOG2E
+    x, tanh = qk, qk
     if SOFTCAP > 0.0:
         tanh = hyperbolic_tangent(qk * scale * (1.0 / SOFTCAP))
         x = tanh * SOFTCAP
-    elif HAS_BIAS:
+    elif SCALED:
         x = qk * scale
-    if HAS_BIAS or SOFTCAP > 0.0 or qk.dtype == tl.float64:  # float64: q is scaled already, scalars are float32
-        factor = tl.full([], LOG2E, qk.dtype)
     if MASKED:
         keep = (n < N) & (m >= 0)
         if RIGHT:
@@ -101,4 +97,30 @@ def logits(
             keep = keep & (bias != float("-inf"))
             x = x + bias
         x = tl.where(keep, x, float("-inf"))
-    return x, tanh, factor
+    return x, tanh
+
+
+@triton.jit
+def exponential(x, top, scale, SCALED: tl.constexpr):
+    """e^(logit - top) of the x of logits().
+
+    SCALED, it subtracts first: a logit near the maximum loses nothing to rounding, and float32 stays as accurate as
+    PyTorch's. Else the scale, log2(e) and the subtraction are one multiply-add: enough for what 16 bits will hold.
+    """
+    if SCALED:
+        return tl.exp2((x - top) * LOG2E)
+    else:
+        return tl.exp2(x * (scale * LOG2E) - top * LOG2E)
+
+
+@triton.jit
+def store_pair(ptr, rows, first, second, mask):
+    """Two numbers a row, next to each other."""
+    tl.store(ptr + 2 * rows, first, mask=mask)
+    tl.store(ptr + 2 * rows + 1, second, mask=mask)
+
+
+@triton.jit
+def load_pair(ptr, rows, mask, other):
+    """Inverse of store_pair; outside of the mask (other, 0)."""
+    return tl.load(ptr + 2 * rows, mask=mask, other=other), tl.load(ptr + 2 * rows + 1, mask=mask, other=0.0)

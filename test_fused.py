@@ -1,0 +1,147 @@
+"""What the fused kernel alone has: lse, window, softcap, sinks, the split over keys; and dropout."""
+
+import pytest
+import torch
+
+from testing import (
+    BF16, DEVICE, F16, F32, F64, INF, NAN, T, compare, fused, outputs_and_grads, randn, torch_fused,
+    torch_visible,
+)
+from triton_attention_fused import attention_fused, merge_attention
+from triton_attention_layer import attention_staged
+
+# window_size, softcap, with sinks, causal
+FEATURES = [
+    ((5, 3), None, False, False),
+    ((0, 0), None, False, True),
+    ((-1, 4), 2.0, False, False),
+    ((20, -1), None, True, True),
+    ((3, 200), 30.0, True, False),
+    (None, 0.5, True, True),
+]
+
+
+@pytest.mark.parametrize("M,N", [(37, 53), (90, 40), (1, 70), (130, 130)])
+@pytest.mark.parametrize("window,softcap,with_sinks,is_causal", FEATURES, ids=str)
+def test_features(M, N, window, softcap, with_sinks, is_causal):
+    dtype = (F32, F16, BF16, F64)[(M + len(str(window))) % 4]
+    q, k, v = (randn(2, 4, M, 24, dtype=dtype), *(randn(2, 2, N, 24, dtype=dtype) for _ in range(2)))
+    options = {"window_size": window or (-1, -1), "softcap": softcap or 0.0, "is_causal": is_causal}
+    for mask in (None, randn(1, 4, M, N, dtype=dtype), torch.rand(2, 1, 1, N, device=DEVICE) > 0.3):
+        sinks = randn(4, dtype=dtype) if with_sinks else None
+        compare(lambda *args: fused(*args[:4], sinks=args[4], **options),
+                lambda *args: torch_fused(*args[:4], sinks=args[4], **options), q, k, v, mask, sinks)
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (16, 64), (64, 16)], ids=str)
+@pytest.mark.parametrize("window", [(17, 0), (40, 9), (0, 31)], ids=str)
+def test_window_tiles(window, tile):
+    """Bands that begin and end within, at and next to the edges of tiles."""
+    for M, N in ((100, 100), (33, 90), (90, 33)):
+        q, k, v = randn(1, 1, M, 16), randn(1, 1, N, 16), randn(1, 1, N, 16)
+        compare(lambda *a: fused(*a, window_size=window, block_m=tile[0], block_n=tile[1]),
+                lambda *a: torch_fused(*a, window_size=window), q, k, v)
+
+
+def test_lse():
+    """Natural logarithm of the row sums, scale and bias included; differentiable by itself; -inf for no keys."""
+    q, k, v, bias = randn(1, 2, 30, 16), randn(1, 2, 45, 16), randn(1, 2, 45, 8), randn(30, 45)
+    for scale in (None, -0.7, 0.0):
+        compare(lambda *a, c=scale: fused(*a[:2], v.to(a[0].dtype), a[2], scale=c)[1],
+                lambda *a, c=scale: torch_fused(*a[:2], v.to(a[0].dtype), a[2], scale=c)[1], q, k, bias)
+    o, lse = attention_fused(q, k, v, return_lse=True)
+    assert torch.equal(attention_fused(q, k, v), o) and lse.dtype == F32
+    assert attention_fused(q.half(), k.half(), v.half(), return_lse=True)[1].dtype == F32
+    grads = torch.autograd.grad(lse.sum(), (q, k, v), allow_unused=True)
+    assert (grads[2] == 0).all()
+    sinks = torch.tensor([0.3, -INF], device=DEVICE)
+    nothing = torch.zeros(30, 45, dtype=torch.bool, device=DEVICE)
+    o, lse = attention_fused(q, k, v, nothing, sinks=sinks, return_lse=True)
+    assert (o == 0).all() and (lse[:, 0] == sinks[0]).all() and (lse[:, 1] == -INF).all()
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+def test_scores_far_below_zero(dtype):
+    """e^(0 - lse) overflows for lse below -88: keys past the end must not meet it, forward or backward."""
+    q, k, v = (randn(1, 1, n, 16, dtype=dtype) for n in (21, 19, 19))
+    bias = torch.full((21, 19), -500.0, device=DEVICE, dtype=dtype)
+    compare(fused, torch_fused, q, k, v, bias)
+    compare(fused, torch_fused, q, k, v, bias, is_causal=True)
+
+
+@pytest.mark.parametrize("M,N,heads", [(1, 3000, (8, 2)), (1, 130, (3, 3)), (3, 2000, (2, 1)), (16, 1111, (2, 2))])
+def test_few_queries_split_the_keys(M, N, heads):
+    for dtype in (F32, F16, BF16):
+        H, Hk = heads
+        q, k, v = (randn(1, h, n, 40, dtype=dtype) for h, n in ((H, M), (Hk, N), (Hk, N)))
+        hidden = torch.rand(1, 1, M, N, device=DEVICE) > 0.2
+        hidden[..., : N // 2] = False  # whole splits see nothing
+        compare(fused, torch_fused, q, k, v)
+        sinks = randn(H, dtype=dtype)
+        compare(lambda *a: fused(*a[:4], sinks=a[4]), lambda *a: torch_fused(*a[:4], sinks=a[4]),
+                q, k, v, hidden, sinks)
+        bias = randn(1, H, 1, N, dtype=dtype)
+        compare(fused, torch_fused, q, k, v, bias, window_size=(N // 3, -1), is_causal=True)
+        o, lse = fused(q, k, v, torch.zeros_like(hidden))
+        assert (o == 0).all() and (lse == -INF).all()
+
+
+@pytest.mark.parametrize("dropout_p", [0.2, 0.7, 1.0])
+def test_dropout_is_that_of_the_stages(dropout_p):
+    q, k, v, bias = (randn(2, 4, 50, 16), *(randn(2, 2, 70, 16) for _ in range(2)), randn(50, 70))
+    sinks = randn(4)
+    torch.manual_seed(3)
+    out, probs = attention_staged(q, k, v, bias, dropout_p, True, enable_gqa=True)
+    keep = (probs != 0) / (1 - dropout_p) if dropout_p < 1 else torch.zeros_like(probs)
+    for tile in ({}, {"block_m": 16, "block_n": 64}, {"block_m": 64, "block_n": 16}):
+        torch.manual_seed(3)
+        once = attention_fused(q, k, v, bias, dropout_p, True, enable_gqa=True, **tile)
+        assert (once - out).abs().max() < 1e-5
+    def seeded(q, k, v, m, s):
+        torch.manual_seed(3)
+        return attention_fused(q, k, v, m, dropout_p, True, enable_gqa=True, sinks=s, return_lse=True)
+    compare(seeded, lambda q, k, v, m, s: torch_fused(q, k, v, m, True, sinks=s, keep=keep.to(q.dtype)),
+            q, k, v, bias, sinks)
+    few = q[:, :, :1].detach()
+    torch.manual_seed(3)
+    out = attention_staged(few, k, v, dropout_p=dropout_p, enable_gqa=True)[0]
+    torch.manual_seed(3)
+    assert (attention_fused(few, k, v, dropout_p=dropout_p, enable_gqa=True) - out).abs().max() < 1e-5
+
+
+def test_merge_attention():
+    """Two halves of the keys are the whole, with their gradients; a half that sees nothing counts nothing."""
+    q, k, v = randn(2, 2, 30, 16), randn(2, 2, 50, 16), randn(2, 2, 50, 16)
+
+    def halves(q, k, v, mask=None):
+        parts = [slice(0, 20), slice(20, 50)]
+        results = [fused(q, k[:, :, p], v[:, :, p], None if mask is None else mask[:, p]) for p in parts]
+        return merge_attention(*results[0], *results[1])
+
+    compare(halves, torch_fused, q, k, v)
+    mask = torch_visible(30, 50, 5)
+    mask[:, 20:35] = False
+    mask[3] = False
+    compare(halves, torch_fused, q, k, v, mask)
+    o, lse = merge_attention(T(1, 1, 2, 4) + NAN, T(1, 1, 2) - INF, T(1, 1, 2, 4), T(1, 1, 2) - INF)
+    assert (o == 0).all() and (lse == -INF).all()
+    with torch.no_grad():
+        assert merge_attention(*(t.half() for t in fused(q, k, v)), *fused(q, k, v))[0].dtype == F16
+
+
+def test_wide_heads():
+    for D, Dv in ((256, 256), (130, 7), (7, 200)):
+        q, k, v = randn(1, 1, 20, D, dtype=F16), randn(1, 1, 33, D, dtype=F16), randn(1, 1, 33, Dv, dtype=F16)
+        compare(fused, torch_fused, q, k, v, is_causal=True)
+
+
+def test_a_poisoned_query_reaches_its_row_and_the_keys_it_sees():
+    q, k, v = (randn(1, 1, 40, 16, grad=False) for _ in range(3))
+    q[0, 0, 7] = NAN
+    results = outputs_and_grads(
+        lambda q, k, v: fused(q, k, v, is_causal=True), [t.requires_grad_() for t in (q, k, v)], {},
+        [torch.ones(1, 1, 40, 16, device=DEVICE), torch.ones(1, 1, 40, device=DEVICE)],
+    )
+    for name, seen in (("output 0", slice(7, 8)), ("gradient of argument 0", slice(7, 8))):
+        bad = results[name].isnan().any(-1)[0, 0]
+        assert bad[seen].all() and bad.sum() == 1, name

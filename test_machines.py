@@ -1,0 +1,113 @@
+"""What depends on the machine: imports without a GPU, compiling for GPUs that are not here, what only a GPU shows."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from testing import BF16, DEVICE, F16, GPU, HERE, INTERPRETED, T, compare, run_python, torch_scores, torch_staged
+from triton_attention_launch import hopper
+from triton_attention_layer import TritonMultiheadAttention, attention_staged
+from triton_attention_scores import attention_scores
+from triton_attention_values import attention_values
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about machines without a GPU")
+@pytest.mark.parametrize("first", ["import triton.language", "import torch._inductor.config, torch._dynamo", "pass"])
+def test_interpreter_whatever_was_imported_first(first):
+    code = f"{first}\nimport torch\nfrom triton_attention_softmax import attention_softmax\n"
+    code += "print(attention_softmax(torch.zeros(1, 1, 2, 4))[0, 0, 0])"
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, env=env, timeout=300)
+    assert "0.2500, 0.2500" in run.stdout, run.stderr
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a machine without a GPU")
+def test_cpu_tensors_in_a_compiling_process_are_refused():
+    code = "import torch\nfrom triton_attention_scores import attention_scores\nx = torch.zeros(1, 1, 2, 4)\n"
+    code += "attention_scores(x, x)"
+    run = run_python(code, TRITON_INTERPRET="0")
+    assert "ValueError: q is on the CPU" in run.stderr and "TRITON_INTERPRET=1" in run.stderr
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="once, where CI runs")
+def test_every_kernel_compiles_for_every_gpu():
+    """No spills, and shared memory within the limit of each GPU; the table is compile_kernels.py's."""
+    run = subprocess.run([sys.executable, "compile_kernels.py"], capture_output=True, text=True, cwd=HERE, timeout=900)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert all(f"{name} " in run.stdout for name in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"))
+
+
+# ---- what only a GPU shows
+
+
+@GPU
+def test_gpu_refuses_what_does_not_fit():
+    big = T(1, 1, 512, 256)
+    with pytest.raises(ValueError, match="does not fit"):
+        attention_values(T(1, 1, 512, 512), T(1, 1, 512, 256), block_m=512, block_n=512)
+    with pytest.raises(ValueError, match="does not fit this GPU: it needs .* shared memory"):
+        attention_values(T(1, 1, 512, 512), T(1, 1, 512, 256), block_m=256, block_n=256)
+    with pytest.raises(ValueError, match="q is on the CPU"):
+        attention_scores(big.cpu(), big.cpu())
+    with pytest.raises(ValueError, match="k must be on the device"):
+        attention_scores(big, big.cpu())
+
+
+@GPU
+def test_gpu_many_heads_and_large_tensors():
+    q = torch.randn(70000, 1, 1, 16, device=DEVICE, dtype=F16)
+    assert (attention_scores(q, q)[:, 0, 0, 0] - (q.double() ** 2).sum(-1)[:, 0, 0] / 4).abs().max() < 0.05
+    out, probs = attention_staged(q, q, q)
+    assert torch.equal(out, q) and (probs == 1).all()
+    del probs
+    n = 36000  # 2 * n * n > 2^31 elements
+    q, k, v = (torch.randn(1, 2, n, 64, device=DEVICE, dtype=BF16) for _ in range(3))
+    out, probs = attention_staged(q, k, v)
+    rows = slice(n - 8, n)
+    exact = torch_staged(q[:, 1:, rows].double(), k[:, 1:].double(), v[:, 1:].double())
+    assert (out[:, 1:, rows] - exact[0]).abs().max() < 2e-3 and (probs[:, 1:, rows] - exact[1]).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(hopper("triton_attention_scores_hopper") is None, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
+def test_gpu_scores_hopper(dtype):
+    kernels = hopper("triton_attention_scores_hopper")
+    shapes = [(1, 1, 1, 1, 8, 8), (2, 4, 2, 300, 328, 64), (1, 6, 2, 65, 1000, 40), (1, 2, 2, 1100, 520, 128)]
+    for B, H, Hk, M, N, D in shapes:
+        q = torch.randn(B, M, H, D, device=DEVICE, dtype=dtype).transpose(1, 2)
+        k = torch.randn(B, Hk, N + 1, D + 8, device=DEVICE, dtype=dtype)[:, :, 1:, :D]
+        for scale in (0.3, -2.0, 0.0):
+            compare(kernels.scores_hopper, torch_scores, q, k, scale)
+    q, k = (torch.randn(2, 8, 2048, 64, device=DEVICE, dtype=dtype) for _ in range(2))
+    assert kernels.applies(q, k)
+    assert not any(kernels.applies(*pair) for pair in ((q, k[:, :, :-1]), (q[..., 1:], k[..., 1:]), (q.mT, k.mT)))
+    assert torch.equal(attention_scores(q, k), attention_scores(q, k, block_m=128))
+
+
+@GPU
+def test_gpu_cuda_graph():
+    q, k, v = (torch.randn(1, 2, 100, 32, device=DEVICE) for _ in range(3))
+    attention_staged(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = attention_staged(q, k, v)
+    q.normal_()
+    graph.replay()
+    assert (out - attention_staged(q, k, v)[0]).abs().max() == 0
+
+
+@GPU
+def test_gpu_averaged_weights_cost_no_second_copy():
+    layer = TritonMultiheadAttention(256, 4, batch_first=True, device=DEVICE, dtype=BF16).eval()
+    x = torch.randn(4, 2048, 256, device=DEVICE, dtype=BF16)
+    with torch.no_grad():
+        layer(x, x, x)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        layer(x, x, x)
+        peak = torch.cuda.max_memory_allocated() - before
+    probs = 4 * 4 * 2048 * 2048 * 2
+    assert peak < 2.4 * probs  # the scores while the probabilities are written, then the probabilities alone
