@@ -30,7 +30,7 @@ from triton_attention_launch import (
     check_shape, check_sinks, check_softcap, check_tensors, check_window,
     define_op, differentiate, fold, launch, tile_for, unfold,
 )
-from triton_attention_logits import LOG2E, exponential, key_range, load_pair, logits, store_pair
+from triton_attention_logits import LOG2E, exponential, key_range, load_pair, logits, steps, store_pair
 from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
@@ -39,15 +39,17 @@ MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
 @triton.jit
 def _walk(
     acc, m_i, l_i, q, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
-    begin, end, M, N, left, right, scale, dropout_p,
+    bounds, M, N, left, right, scale, dropout_p,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """Attend to the keys begin ... end, a tile at a time."""
+    """Attend to the keys that every query of the block sees, a tile at a time, or if MASKED to the others."""
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    for start_n in range(begin, end, BLOCK_N):
+    first, last, gap = steps(bounds, MASKED)
+    for at in range(first, last, BLOCK_N):
+        start_n = at + tl.where(at < bounds[1], 0, gap) if MASKED else at
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k_t = load_tile(k_ptr, (k_strides[1], k_strides[0]), (D, N), offs_d, offs_n, 0.0, D != BLOCK_D, MASKED)
         qk = dot(q, k_t, tl.zeros([q.shape[0], BLOCK_N], acc.dtype), PRECISION)
@@ -145,11 +147,11 @@ def _fwd_kernel(
     last_n = tl.minimum(first_n + chunk, N)
     TENSOR: tl.constexpr = HAS_MASK or HAS_BIAS
     bounds = key_range(start_m, first_n, last_n, left, right, LEFT, RIGHT, TENSOR, BLOCK_M, BLOCK_N)
-    for part in tl.static_range(0 if LEFT or TENSOR else 1, 1 if TENSOR else 3):
+    for masked in tl.static_range(1 if TENSOR else 0, 2):
         acc, m_i, l_i = _walk(
             acc, m_i, l_i, q, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
-            bounds[part], bounds[part + 1], M, N, left, right, scale, dropout_p,
-            D, DV, part != 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PRECISION,
+            bounds, M, N, left, right, scale, dropout_p,
+            D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PRECISION,
             PRECISION_V, BLOCK_N, BLOCK_D, BLOCK_DV,
         )
 

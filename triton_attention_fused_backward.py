@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from triton_attention_launch import INTERPRETED, define_op, dot_precision, launch, tile_for
-from triton_attention_logits import exponential, key_range, load_pair, logits, query_range, store_pair
+from triton_attention_logits import exponential, key_range, load_pair, logits, query_range, steps, store_pair
 from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
 
 
@@ -47,69 +47,71 @@ def load_delta(delta_ptr, row, offs_m, M, EXACT: tl.constexpr):
 
 
 @triton.jit
-def probs_and_dscores(
-    qk, dp, rows, offs_m, start_n, M, N, left, right, mask_ptr, mask_strides, scale, dropout,
+def probs(
+    qk, top, inverse, offs_m, start_n, M, N, left, right, mask_ptr, mask_strides, scale,
     M_AXIS: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """(P after dropout, d loss / d logit, d loss / d (scale Q K^T)) of a tile with its queries along M_AXIS, 0 or 1.
-
-    rows are the queries' (top, inverse, delta, rest), dropout is (seed, off_b, off_h, dropout_p, keep_factor).
-    """
-    top, inverse = tl.expand_dims(rows[0], 1 - M_AXIS), tl.expand_dims(rows[1], 1 - M_AXIS)
-    delta, rest = tl.expand_dims(rows[2], 1 - M_AXIS), tl.expand_dims(rows[3], 1 - M_AXIS)
+    """(P before dropout, what dscores needs of the softcap) of a tile with its queries along M_AXIS, 0 or 1."""
     m, n = tl.expand_dims(offs_m, 1 - M_AXIS), tl.expand_dims(start_n + tl.arange(0, BLOCK_N), M_AXIS)
     x, tanh = logits(
         qk, m, n, M, N, left, right, mask_ptr, mask_strides, scale,
         MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
     )
-    p = exponential(x, top, scale, SCALED)
+    p = exponential(x, tl.expand_dims(top, 1 - M_AXIS), scale, SCALED)
     if EXACT:
-        p *= inverse
+        p *= tl.expand_dims(inverse, 1 - M_AXIS)
     if MASKED:
         p = tl.where(x == float("-inf"), 0.0, p)
-    kept = p
-    if DROPOUT:
-        keep = keep_mask(dropout[0], dropout[1], dropout[2], offs_m, start_n, dropout[3], BLOCK_N)
-        if M_AXIS == 1:
-            keep = tl.trans(keep.to(tl.int32)) > 0
-        kept = tl.where(keep, p * dropout[4], 0.0)
-        dp = tl.where(keep, dp * dropout[4], 0.0)
-    ds = dp - delta
+    return p, tanh
+
+
+@triton.jit
+def dscores(
+    p, dp, tanh, delta, rest, M_AXIS: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr
+):
+    """(d loss / d logit, d loss / d (scale Q K^T)) of a tile of P and dP."""
+    ds = dp - tl.expand_dims(delta, 1 - M_AXIS)
     if EXACT:
-        ds -= rest
+        ds -= tl.expand_dims(rest, 1 - M_AXIS)
     ds *= p
     if MASKED:  # a hidden key may hold NaN
         ds = tl.where(p == 0.0, 0.0, ds)
     ds_qk = ds
     if SOFTCAP > 0.0:
         ds_qk = ds * (1.0 - tanh * tanh)
-    return kept, ds, ds_qk
+    return ds, ds_qk
 
 
 @triton.jit
 def _walk_keys(
-    acc, q, do, rows, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, offs_m, begin, end,
-    M, N, left, right, scale, dropout, SUM: tl.constexpr,
+    acc, q, do, rows, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m, bounds,
+    M, N, left, right, scale, dropout_p, keep_factor, SUM: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """acc plus dS K, or the row sums of dS, over the keys begin ... end."""
+    """acc plus dS K, or the row sums of dS, over keys as the forward pass walks; rows are (top, inverse, delta, rest)."""
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    for start_n in range(begin, end, BLOCK_N):
+    first, last, gap = steps(bounds, MASKED)
+    for at in range(first, last, BLOCK_N):
+        start_n = at + tl.where(at < bounds[1], 0, gap) if MASKED else at
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_tile(k_ptr, k_strides, (N, D), offs_n, offs_d, 0.0, MASKED, D != BLOCK_D)
         v = load_tile(v_ptr, v_strides, (N, DV), offs_n, offs_e, 0.0, MASKED, DV != BLOCK_DV)
         zeros = tl.zeros([q.shape[0], BLOCK_N], acc.dtype)
         qk = dot(q, tl.trans(k), zeros, PRECISION)
         dp = dot(do, tl.trans(v), zeros, PRECISION)
-        _, ds_logits, ds = probs_and_dscores(
-            qk, dp, rows, offs_m, start_n, M, N, left, right, mask_ptr, mask_strides, scale, dropout,
-            0, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT, BLOCK_N,
+        p, tanh = probs(
+            qk, rows[0], rows[1], offs_m, start_n, M, N, left, right, mask_ptr, mask_strides, scale,
+            0, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, EXACT, BLOCK_N,
         )
+        if DROPOUT:
+            keep = keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N)
+            dp = tl.where(keep, dp * keep_factor, 0.0)
+        ds_logits, ds = dscores(p, dp, tanh, rows[2], rows[3], 0, MASKED, SOFTCAP, EXACT)
         if SUM:
             acc += tl.sum(ds_logits, 1)
         else:
@@ -150,7 +152,6 @@ def _dq_kernel(
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
-    dropout = (seed, off_b, off_h, dropout_p, keep_factor)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -170,12 +171,12 @@ def _dq_kernel(
         if HAS_SINKS:  # the rest is rowsum(P * (dP - delta)) where P sums to 1
             delta = rest
         total = rest
-        for part in tl.static_range(0 if LEFT or TENSOR else 1, 1 if TENSOR else 3):
+        for masked in tl.static_range(1 if TENSOR else 0, 2):
             total = _walk_keys(
                 total, q, do, (top, inverse, delta, rest), k_ptr, (stride_kn, stride_kd), v_ptr, (stride_vn, stride_vd),
-                mask_ptr, (stride_am, stride_an), offs_m, bounds[part], bounds[part + 1],
-                M, N, left, right, scale, dropout, True,
-                D, DV, part != 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
+                mask_ptr, (stride_am, stride_an), seed, off_b, off_h, offs_m, bounds,
+                M, N, left, right, scale, dropout_p, keep_factor, True,
+                D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
                 PRECISION, PRECISION_V, BLOCK_N, BLOCK_D, BLOCK_DV,
             )
         rest = total
@@ -188,12 +189,12 @@ def _dq_kernel(
         tl.store(delta_ptr + row + offs_m, delta, mask=offs_m < M)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    for part in tl.static_range(0 if LEFT or TENSOR else 1, 1 if TENSOR else 3):
+    for masked in tl.static_range(1 if TENSOR else 0, 2):
         dq = _walk_keys(
             dq, q, do, (top, inverse, delta, rest), k_ptr, (stride_kn, stride_kd), v_ptr, (stride_vn, stride_vd),
-            mask_ptr, (stride_am, stride_an), offs_m, bounds[part], bounds[part + 1],
-            M, N, left, right, scale, dropout, False,
-            D, DV, part != 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
+            mask_ptr, (stride_am, stride_an), seed, off_b, off_h, offs_m, bounds,
+            M, N, left, right, scale, dropout_p, keep_factor, False,
+            D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
             PRECISION, PRECISION_V, BLOCK_N, BLOCK_D, BLOCK_DV,
         )
     store_tile(dq_ptr, (stride_rm, stride_rd), (M, D), offs_m, offs_d, dq * (scale * SIGN))
@@ -202,15 +203,17 @@ def _dq_kernel(
 @triton.jit
 def _walk_queries(
     dk, dv, k, v, do_ptr, do_strides, q_ptr, q_strides, mask_ptr, mask_strides, lse_ptr, stats_ptr, delta_ptr, row,
-    start_n, begin, end, M, N, left, right, scale, dropout,
+    seed, off_b, off_h, start_n, bounds, M, N, left, right, scale, dropout_p, keep_factor,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """(dk + dS^T Q, dv + P^T dO) over the queries begin ... end."""
+    """(dk + dS^T Q, dv + P^T dO) over the queries that see every key of the block, or if MASKED over the others."""
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    for start_m in range(begin, end, BLOCK_M):
+    first, last, gap = steps(bounds, MASKED)
+    for at in range(first, last, BLOCK_M):
+        start_m = at + tl.where(at < bounds[1], 0, gap) if MASKED else at
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = load_tile(q_ptr, q_strides, (M, D), offs_m, offs_d, 0.0, MASKED, D != BLOCK_D)
         do = load_tile(do_ptr, do_strides, (M, DV), offs_m, offs_e, 0.0, MASKED, DV != BLOCK_DV)
@@ -218,12 +221,19 @@ def _walk_queries(
         delta, rest = load_delta(delta_ptr, row, offs_m, M, EXACT)
         zeros = tl.zeros([BLOCK_N, BLOCK_M], dk.dtype)
         qk_t = dot(k, tl.trans(q), zeros, PRECISION)
-        dp_t = dot(v, tl.trans(do), zeros, PRECISION)
-        p_t, _, ds_t = probs_and_dscores(
-            qk_t, dp_t, (top, inverse, delta, rest), offs_m, start_n, M, N, left, right, mask_ptr, mask_strides,
-            scale, dropout, 1, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT, BLOCK_N,
+        p_t, tanh = probs(
+            qk_t, top, inverse, offs_m, start_n, M, N, left, right, mask_ptr, mask_strides, scale,
+            1, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, EXACT, BLOCK_N,
         )
-        dv = dot(p_t.to(do.dtype), do, dv, PRECISION_V)
+        kept = p_t
+        if DROPOUT:
+            keep = tl.trans(keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N).to(tl.int32)) > 0
+            kept = tl.where(keep, p_t * keep_factor, 0.0)
+        dv = dot(kept.to(do.dtype), do, dv, PRECISION_V)  # before dP: frees the registers that hold P as an operand
+        dp_t = dot(v, tl.trans(do), zeros, PRECISION)
+        if DROPOUT:
+            dp_t = tl.where(keep, dp_t * keep_factor, 0.0)
+        _, ds_t = dscores(p_t, dp_t, tanh, delta, rest, 1, MASKED, SOFTCAP, EXACT)
         dk = dot(ds_t.to(q.dtype), q, dk, PRECISION_V)
     return dk, dv
 
@@ -274,13 +284,13 @@ def _dkdv_kernel(
         if HAS_MASK or HAS_BIAS:
             mask_head = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
         row = (off_b.to(tl.int64) * H + off_h) * M
-        for part in tl.static_range(0 if RIGHT or TENSOR else 1, 1 if TENSOR else 3):
+        for masked in tl.static_range(1 if TENSOR else 0, 2):
             dk, dv = _walk_queries(
                 dk, dv, k, v, do_head, (stride_gm, stride_gd), q_head, (stride_qm, stride_qd),
                 mask_head, (stride_am, stride_an), lse_ptr, stats_ptr, delta_ptr, row,
-                start_n, bounds[part], bounds[part + 1],
-                M, N, left, right, scale, (seed, off_b, off_h, dropout_p, keep_factor),
-                D, DV, part != 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
+                seed, off_b, off_h, start_n, bounds,
+                M, N, left, right, scale, dropout_p, keep_factor,
+                D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
                 PRECISION, PRECISION_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )
     store_tile(dk_ptr, (stride_rn, stride_rd), (N, D), offs_n, offs_d, dk * (scale * SIGN))

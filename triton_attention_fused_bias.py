@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_attention_fused_backward import fused_arguments, load_delta, load_normalizer, probs_and_dscores
+from triton_attention_fused_backward import dscores, fused_arguments, load_delta, load_normalizer, probs
 from triton_attention_launch import define_op, launch, tile_for
-from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile
+from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
 
 
 @triton.jit(do_not_specialize=["B", "H", "GROUP", "M", "N", "left", "right", "GH", "GM", "GN"])
@@ -62,12 +62,16 @@ def _dbias_kernel(
                     k = load_tile(k_head, (stride_kn, stride_kd), (N, D), offs_n, offs_d)
                     v = load_tile(v_head, (stride_vn, stride_vd), (N, DV), offs_n, offs_e)
                     zeros = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-                    _, ds, _ = probs_and_dscores(
-                        dot(q, tl.trans(k), zeros, PRECISION), dot(do, tl.trans(v), zeros, PRECISION),
-                        (top, inverse, delta, rest), offs_m, n, M, N, left, right, mask_head, (stride_am, stride_an),
-                        scale, (seed, off_b, off_h, dropout_p, keep_factor),
-                        0, True, LEFT, RIGHT, False, True, SOFTCAP, SCALED, DROPOUT, EXACT, BLOCK_N,
+                    p, tanh = probs(
+                        dot(q, tl.trans(k), zeros, PRECISION), top, inverse, offs_m, n, M, N, left, right,
+                        mask_head, (stride_am, stride_an), scale,
+                        0, True, LEFT, RIGHT, False, True, SOFTCAP, SCALED, EXACT, BLOCK_N,
                     )
+                    dp = dot(do, tl.trans(v), zeros, PRECISION)
+                    if DROPOUT:
+                        keep = keep_mask(seed, off_b, off_h, offs_m, n, dropout_p, BLOCK_N)
+                        dp = tl.where(keep, dp * keep_factor, 0.0)
+                    ds, _ = dscores(p, dp, tanh, delta, rest, 0, True, SOFTCAP, EXACT)
                     acc += tl.where(offs_m[:, None] < M, ds, 0.0)
     if SUM_M:
         acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], acc.shape)

@@ -56,6 +56,15 @@ def query_range(
 
 
 @triton.jit
+def steps(bounds, MASKED: tl.constexpr):
+    """(first, last, gap) of a loop over tiles: those where everything is visible, or if MASKED the others. Those lie on
+    both sides of a gap, and one loop over either side would be code twice: where() has the gap in it."""
+    if MASKED:
+        return bounds[0], bounds[3] - (bounds[2] - bounds[1]), bounds[2] - bounds[1]
+    return bounds[1], bounds[2], 0
+
+
+@triton.jit
 def hyperbolic_tangent(x):
     """tanh by a quotient of exponentials, and by its series where that would cancel."""
     SMALL: tl.constexpr = 0.05 if x.dtype == tl.float64 else 0.3
