@@ -70,10 +70,10 @@ def test_opcheck():
         inputs = (q, k, k, bias, None, seed)
         outputs = fused_op(*inputs, *options, None, None)
         saved = (q, k, k, bias, seed, *outputs)
-        delta = fused_backward_op(q, None, *saved, *options, False)[3]
+        record = fused_backward_op(q, None, *saved, *options, False)[3]
         cases += [
             (fused_op, (*inputs, *options, 16, None)), (fused_backward_op, (q, None, *saved, *options, False)),
-            (fused_bias_gradient_op, (q, *saved[:5], *outputs[1:], delta, [1, 4, 5, 7], F32, *options)),
+            (fused_bias_gradient_op, (q, *saved[:5], record, [1, 4, 5, 7], F32, *options)),
         ]
     for op, args in cases:
         torch.library.opcheck(op.op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))

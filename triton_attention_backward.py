@@ -15,7 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_attention_launch import define_op, differentiate, dot_precision, fold, launch, tile_for, unfold
+from triton_attention_launch import (
+    compile_options, define_op, differentiate, dot_precision, fold, launch, tile_for, unfold,
+)
 from triton_attention_scores import Scores, scores_op
 from triton_attention_softmax import MaskGradient, SoftmaxBackward, softmax_op
 from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile
@@ -86,7 +88,7 @@ def dscores_op(
         H, H // v.shape[1], M, N, diagonal or 0,
         D=D, CAUSAL=diagonal is not None, PRECISION=dot_precision(probs.dtype),
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=min(tile.BLOCK_D, max(16, triton.next_power_of_2(D))),
-        SPAN=tile.SPAN, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        SPAN=tile.SPAN, **compile_options(tile),
     )
     return ds
 

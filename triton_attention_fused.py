@@ -28,7 +28,7 @@ from triton_attention_fused_bias import fused_bias_gradient_op
 from triton_attention_launch import (
     DEVICE, INTERPRETED, autocast, check_blocks, check_dropout, check_flag, check_heads, check_mask, check_scale,
     check_shape, check_sinks, check_softcap, check_tensors, check_window,
-    define_op, differentiate, fold, launch, tile_for, unfold,
+    compile_options, define_op, differentiate, fold, launch, tile_for, unfold,
 )
 from triton_attention_logits import LOG2E, exponential, key_range, load_pair, logits, steps, store_pair
 from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
@@ -248,9 +248,9 @@ def fused_op(
         return outputs
     sinks_strides = (0, 0) if sinks is None else (sinks.stride(0), sinks.stride(1) if sinks.dim() == 2 else 0)
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
-    few = "fused few" if M <= 16 else "fused"
     width = max(constants["D"], constants["DV"])
-    tile = tile_for(few, q.dtype, width, right is not None, block_m, block_n)
+    op = "fused few" if M <= 16 else "fused" if mask is None else "fused, masked"
+    tile = tile_for(op, q.dtype, width, right is not None, block_m, block_n)
     programs = B * H * triton.cdiv(M, tile.BLOCK_M)
     splits = _splits(programs, N, tile.BLOCK_N, q.device)
     chunk = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
@@ -263,7 +263,7 @@ def fused_op(
         q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, *mask_strides, sinks, *sinks_strides,
         part, *part.stride(), lse, part_stats, seed, *scalars, H, H // Hk, M, N, left or 0, right or 0, chunk,
         **constants, HAS_SINKS=sinks is not None, SPLIT=splits > 1, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-        FEW=tile.BLOCK_M if INTERPRETED else 16, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        FEW=tile.BLOCK_M if INTERPRETED else 16, **compile_options(tile),
     )
     if splits > 1:
         launch(
@@ -319,17 +319,16 @@ class FusedBackward(torch.autograd.Function):
     ):
         full = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
         options = (scale, softcap, dropout_p, left, right)
-        dq, dk, dv, delta = fused_backward_op(do, dlse, q, k, v, full, seed, o, lse, stats, *options, sinks is not None)
-        dmask = dsinks = None
+        has_sinks, dmask, dsinks = sinks is not None, None, None
+        dq, dk, dv, record = fused_backward_op(do, dlse, q, k, v, full, seed, o, lse, stats, *options, has_sinks)
         if needs_dmask:
-            shape = list(mask.shape)
-            dmask = fused_bias_gradient_op(do, q, k, v, full, seed, lse, stats, delta, shape, mask.dtype, *options)
+            dmask = fused_bias_gradient_op(do, q, k, v, full, seed, record, list(mask.shape), mask.dtype, *options)
         if needs_dsinks:  # the sink's weight e^(sink - lse) has no value: dP = 0, so its gradient is -P delta
             weight = torch.exp(sinks[:, None] - lse)
             if exact(q.dtype):
                 weight = torch.exp(sinks[:, None] - stats[..., 0]) / stats[..., 1]
             weight = weight.masked_fill(lse == -math.inf, 0.0)
-            dsinks = -(weight * delta.sum(-1)).sum((0, 2)).to(sinks.dtype)
+            dsinks = -(weight * record[..., 2:].sum(-1)).sum((0, 2)).to(sinks.dtype)
         return dq, dk, dv, dmask, dsinks
 
     @staticmethod

@@ -18,13 +18,13 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_attention_launch import INTERPRETED, define_op, dot_precision, launch, tile_for
+from triton_attention_launch import INTERPRETED, compile_options, define_op, dot_precision, launch, tile_for
 from triton_attention_logits import exponential, key_range, load_pair, logits, query_range, steps, store_pair
 from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
 
 
 @triton.jit
-def load_normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT: tl.constexpr):
+def _normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT: tl.constexpr):
     """(top, inverse), with which P = e^(logits - top) * inverse; a query that sees nothing, all -inf, has top 0."""
     if EXACT:
         top, l_i = load_pair(stats_ptr, row + offs_m, offs_m < M, float("-inf"))
@@ -36,14 +36,17 @@ def load_normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT: tl.constexpr):
 
 
 @triton.jit
-def load_delta(delta_ptr, row, offs_m, M, EXACT: tl.constexpr):
-    """(delta, rest), with which dS = P * (dP - delta - rest)."""
-    if EXACT:
-        delta, rest = load_pair(delta_ptr, row + offs_m, offs_m < M, 0.0)
-    else:
-        delta = tl.load(delta_ptr + row + offs_m, mask=offs_m < M, other=0.0)
-        rest = delta
-    return delta, rest
+def load_record(record_ptr, row, offs_m, M):
+    """(top, inverse, delta, rest) of queries: P = e^(logits - top) * inverse, dS = P * (dP - delta - rest).
+
+    In one piece: four loads of a number a query would each be made by all the threads that need one of them.
+    """
+    offs = (row + offs_m)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    record = tl.load(record_ptr + offs, mask=offs_m[:, None] < M, other=0.0)
+    even, odd = tl.split(tl.reshape(record, [record.shape[0], 2, 2]))
+    top, delta = tl.split(even)
+    inverse, rest = tl.split(odd)
+    return top, inverse, delta, rest
 
 
 @triton.jit
@@ -93,7 +96,7 @@ def _walk_keys(
     DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """acc plus dS K, or the row sums of dS, over keys as the forward pass walks; rows are (top, inverse, delta, rest)."""
+    """acc plus dS K, or the row sums of dS, over some keys; rows are (top, inverse, delta, rest)."""
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     first, last, gap = steps(bounds, MASKED)
     for at in range(first, last, BLOCK_N):
@@ -129,7 +132,7 @@ def _dq_kernel(
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
     o_ptr, stride_ob, stride_oh, stride_om, stride_od,
     mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
-    lse_ptr, stats_ptr, dlse_ptr, delta_ptr, dq_ptr, stride_rb, stride_rh, stride_rm, stride_rd,
+    lse_ptr, stats_ptr, dlse_ptr, record_ptr, dq_ptr, stride_rb, stride_rh, stride_rm, stride_rd,
     seed_ptr, scale, dropout_p, keep_factor, H, GROUP, M, N, left, right,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DLSE: tl.constexpr,
@@ -161,7 +164,7 @@ def _dq_kernel(
         q = (q * SIGN).to(q.dtype)
     do = load_tile(do_ptr, (stride_gm, stride_gd), (M, DV), offs_m, offs_e)
     o = load_tile(o_ptr, (stride_om, stride_od), (M, DV), offs_m, offs_e)
-    top, inverse = load_normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT)
+    top, inverse = _normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT)
     TENSOR: tl.constexpr = HAS_MASK or HAS_BIAS
     bounds = key_range(start_m, 0, N, left, right, LEFT, RIGHT, TENSOR, BLOCK_M, BLOCK_N)
 
@@ -182,11 +185,9 @@ def _dq_kernel(
         rest = total
     if HAS_DLSE:
         dlse = tl.load(dlse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
-        delta, rest = delta - (0.0 if EXACT else dlse), rest - dlse
-    if EXACT:
-        store_pair(delta_ptr, row + offs_m, delta, rest, offs_m < M)
-    else:
-        tl.store(delta_ptr + row + offs_m, delta, mask=offs_m < M)
+        delta, rest = delta - (0.0 if EXACT else dlse), rest - (dlse if EXACT else 0.0)
+    store_pair(record_ptr, 2 * (row + offs_m), top, inverse, offs_m < M)
+    store_pair(record_ptr, 2 * (row + offs_m) + 1, delta, rest, offs_m < M)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     for masked in tl.static_range(1 if TENSOR else 0, 2):
@@ -202,28 +203,44 @@ def _dq_kernel(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, k, v, do_ptr, do_strides, q_ptr, q_strides, mask_ptr, mask_strides, lse_ptr, stats_ptr, delta_ptr, row,
-    seed, off_b, off_h, start_n, bounds, M, N, left, right, scale, dropout_p, keep_factor,
-    D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
+    dk, dv, k, v, do_ptr, do_strides, q_ptr, q_strides, mask_ptr, mask_strides, record_ptr,
+    seed, off_b, first_h, start_n, bounds, H, M, N, left, right, scale, dropout_p, keep_factor,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """(dk + dS^T Q, dv + P^T dO) over the queries that see every key of the block, or if MASKED over the others."""
+    """(dk + dS^T Q, dv + P^T dO) over the queries that see every key of the block, or if MASKED over the others.
+
+    One loop over all heads of the group: a loop around it would keep the addresses of both in registers.
+    """
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     first, last, gap = steps(bounds, MASKED)
-    for at in range(first, last, BLOCK_M):
-        start_m = at + tl.where(at < bounds[1], 0, gap) if MASKED else at
+    tiles = tl.cdiv(last - first, BLOCK_M)
+    for step in range(0, GROUP * tiles):
+        off_g = step // tiles if GROUP > 1 else 0
+        off_h, start_m = first_h + off_g, first + (step - off_g * tiles) * BLOCK_M
+        if MASKED:
+            start_m += tl.where(start_m < bounds[1], 0, gap)
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = load_tile(q_ptr, q_strides, (M, D), offs_m, offs_d, 0.0, MASKED, D != BLOCK_D)
-        do = load_tile(do_ptr, do_strides, (M, DV), offs_m, offs_e, 0.0, MASKED, DV != BLOCK_DV)
-        top, inverse = load_normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT)
-        delta, rest = load_delta(delta_ptr, row, offs_m, M, EXACT)
+        q = load_tile(
+            head_ptr(q_ptr, q_strides[0], q_strides[1], off_b, off_h), (q_strides[2], q_strides[3]), (M, D),
+            offs_m, offs_d, 0.0, MASKED, D != BLOCK_D,
+        )
+        do = load_tile(
+            head_ptr(do_ptr, do_strides[0], do_strides[1], off_b, off_h), (do_strides[2], do_strides[3]), (M, DV),
+            offs_m, offs_e, 0.0, MASKED, DV != BLOCK_DV,
+        )
+        row = (off_b.to(tl.int64) * H + off_h) * M
+        top, inverse, delta, rest = load_record(record_ptr, row, offs_m, M)
+        mask_head = mask_ptr
+        if HAS_MASK or HAS_BIAS:
+            mask_head = head_ptr(mask_ptr, mask_strides[0], mask_strides[1], off_b, off_h)
         zeros = tl.zeros([BLOCK_N, BLOCK_M], dk.dtype)
         qk_t = dot(k, tl.trans(q), zeros, PRECISION)
         p_t, tanh = probs(
-            qk_t, top, inverse, offs_m, start_n, M, N, left, right, mask_ptr, mask_strides, scale,
-            1, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, EXACT, BLOCK_N,
+            qk_t, top, inverse, offs_m, start_n, M, N, left, right, mask_head, (mask_strides[2], mask_strides[3]),
+            scale, 1, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, EXACT, BLOCK_N,
         )
         kept = p_t
         if DROPOUT:
@@ -238,18 +255,18 @@ def _walk_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["H", "GROUP", "M", "N", "left", "right"])
+@triton.jit(do_not_specialize=["H", "M", "N", "left", "right"])
 def _dkdv_kernel(
     do_ptr, stride_gb, stride_gh, stride_gm, stride_gd,
     q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
     mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
-    lse_ptr, stats_ptr, delta_ptr,
+    record_ptr,
     dk_ptr, stride_rb, stride_rh, stride_rn, stride_rd,
     dv_ptr, stride_wb, stride_wh, stride_wn, stride_wd,
-    seed_ptr, scale, dropout_p, keep_factor, H, GROUP, M, N, left, right,
-    D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    seed_ptr, scale, dropout_p, keep_factor, H, M, N, left, right,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -276,23 +293,15 @@ def _dkdv_kernel(
 
     TENSOR: tl.constexpr = HAS_MASK or HAS_BIAS
     bounds = query_range(start_n, M, left, right, LEFT, RIGHT, TENSOR, BLOCK_M, BLOCK_N)
-    for off_g in range(0, GROUP):
-        off_h = off_hk * GROUP + off_g
-        do_head = head_ptr(do_ptr, stride_gb, stride_gh, off_b, off_h)
-        q_head = head_ptr(q_ptr, stride_qb, stride_qh, off_b, off_h)
-        mask_head = mask_ptr
-        if HAS_MASK or HAS_BIAS:
-            mask_head = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
-        row = (off_b.to(tl.int64) * H + off_h) * M
-        for masked in tl.static_range(1 if TENSOR else 0, 2):
-            dk, dv = _walk_queries(
-                dk, dv, k, v, do_head, (stride_gm, stride_gd), q_head, (stride_qm, stride_qd),
-                mask_head, (stride_am, stride_an), lse_ptr, stats_ptr, delta_ptr, row,
-                seed, off_b, off_h, start_n, bounds,
-                M, N, left, right, scale, dropout_p, keep_factor,
-                D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
-                PRECISION, PRECISION_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-            )
+    for masked in tl.static_range(1 if TENSOR else 0, 2):
+        dk, dv = _walk_queries(
+            dk, dv, k, v, do_ptr, (stride_gb, stride_gh, stride_gm, stride_gd),
+            q_ptr, (stride_qb, stride_qh, stride_qm, stride_qd), mask_ptr, (stride_ab, stride_ah, stride_am, stride_an),
+            record_ptr, seed, off_b, off_hk * GROUP, start_n, bounds,
+            H, M, N, left, right, scale, dropout_p, keep_factor,
+            GROUP, D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
+            PRECISION, PRECISION_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )
     store_tile(dk_ptr, (stride_rn, stride_rd), (N, D), offs_n, offs_d, dk * (scale * SIGN))
     store_tile(dv_ptr, (stride_wn, stride_wd), (N, DV), offs_n, offs_e, dv)
 
@@ -329,8 +338,7 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
 
 
 def _fused_gradients(do, dlse, q, k, v, mask, seed, o, lse, stats, *_):
-    delta = lse.new_empty(*lse.shape, 2 if exact(q.dtype) else 1)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), delta
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lse.new_empty(*lse.shape, 4)
 
 
 @define_op("fused_backward", fake=_fused_gradients, wide=(3,))
@@ -339,34 +347,34 @@ def fused_backward_op(
     mask: torch.Tensor | None, seed: torch.Tensor | None, o: torch.Tensor, lse: torch.Tensor, stats: torch.Tensor,
     scale: float, softcap: float, dropout_p: float, left: int | None, right: int | None, has_sinks: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dQ, dK, dV, delta) of do like O, dlse like lse, and what fused_op took and returned. delta [B, H, M, 1 or 2] is
-    in two parts, to be added, where one would be rounded too much (see exact)."""
+    """(dQ, dK, dV, record [B, H, M, 4] of each query, see load_record) of do like O, dlse like lse, and what fused_op
+    took and returned."""
     (B, H, M), (Hk, N) = q.shape[:3], k.shape[1:3]
-    dq, dk, dv, delta = outputs = _fused_gradients(do, dlse, q, k, v, mask, seed, o, lse, stats)
+    dq, dk, dv, record = outputs = _fused_gradients(do, dlse, q, k, v, mask, seed, o, lse, stats)
     if B * H * M * N == 0:
         for t in outputs:
             t.zero_()
         return outputs
     lse, stats = lse.contiguous(), stats.contiguous()  # which vmap may have expanded
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
-    width = max(constants["D"], constants["DV"])
-    tile = tile_for("fused dq", q.dtype, width, right is not None)
+    width, variant = max(constants["D"], constants["DV"]), "" if mask is None else ", masked"
+    tile = tile_for(f"fused dq{variant}", q.dtype, width, right is not None)
     launch(
         _dq_kernel, B * H * triton.cdiv(M, tile.BLOCK_M),
         do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(), mask, *mask_strides,
-        lse, stats, None if dlse is None else dlse.contiguous(), delta, dq, *dq.stride(),
+        lse, stats, None if dlse is None else dlse.contiguous(), record, dq, *dq.stride(),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
         **constants, HAS_SINKS=has_sinks, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **compile_options(tile),
     )
-    tile = tile_for("fused dkdv", q.dtype, width, right is not None)
+    tile = tile_for(f"fused dkdv{variant}", q.dtype, width, right is not None)
     launch(
         _dkdv_kernel, B * Hk * triton.cdiv(N, tile.BLOCK_N),
         do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, *mask_strides,
-        lse, stats, delta, dk, *dk.stride(), dv, *dv.stride(),
-        seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
-        **constants, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        record, dk, *dk.stride(), dv, *dv.stride(),
+        seed, *scalars, H, M, N, left or 0, right or 0,
+        GROUP=H // Hk, **constants, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        **compile_options(tile),
     )
     if q.dtype == torch.float64:
         dq *= scale

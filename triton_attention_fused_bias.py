@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_attention_fused_backward import dscores, fused_arguments, load_delta, load_normalizer, probs
-from triton_attention_launch import define_op, launch, tile_for
+from triton_attention_fused_backward import dscores, fused_arguments, load_record, probs
+from triton_attention_launch import compile_options, define_op, launch, tile_for
 from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
 
 
@@ -22,7 +22,7 @@ def _dbias_kernel(
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
     mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
-    lse_ptr, stats_ptr, delta_ptr, dbias_ptr, stride_rb, stride_rh, stride_rm, stride_rn,
+    record_ptr, dbias_ptr, stride_rb, stride_rh, stride_rm, stride_rn,
     seed_ptr, scale, dropout_p, keep_factor, B, H, GROUP, M, N, left, right, GH, GM, GN,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -55,8 +55,7 @@ def _dbias_kernel(
                 if SIGN != 1:
                     q = (q * SIGN).to(q.dtype)
                 do = load_tile(do_head, (stride_gm, stride_gd), (M, DV), offs_m, offs_e)
-                top, inverse = load_normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT)
-                delta, rest = load_delta(delta_ptr, row, offs_m, M, EXACT)
+                top, inverse, delta, rest = load_record(record_ptr, row, offs_m, M)
                 for n in range(start_n, N if SUM_N else start_n + 1, BLOCK_N):
                     offs_n = n + tl.arange(0, BLOCK_N)
                     k = load_tile(k_head, (stride_kn, stride_kd), (N, D), offs_n, offs_d)
@@ -82,21 +81,21 @@ def _dbias_kernel(
     store_tile(dbias_ptr, (stride_rm, stride_rn), (GM, GN), offs_m, offs_n, acc)
 
 
-def _bias_gradient(do, q, k, v, mask, seed, lse, stats, delta, shape, dtype, *_):
+def _bias_gradient(do, q, k, v, mask, seed, record, shape, dtype, *_):
     return mask.new_empty(shape, dtype=dtype)
 
 
 @define_op("fused_bias_gradient", fake=_bias_gradient)
 def fused_bias_gradient_op(
     do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor,
-    seed: torch.Tensor | None, lse: torch.Tensor, stats: torch.Tensor, delta: torch.Tensor, shape: list[int],
-    dtype: torch.dtype, scale: float, softcap: float, dropout_p: float, left: int | None, right: int | None,
+    seed: torch.Tensor | None, record: torch.Tensor, shape: list[int], dtype: torch.dtype,
+    scale: float, softcap: float, dropout_p: float, left: int | None, right: int | None,
 ) -> torch.Tensor:
     """dS summed to the bias's own 4-D shape, in its dtype; `mask` is that bias, expanded."""
     (B, H, M), (Hk, N), dbias = q.shape[:3], k.shape[1:3], mask.new_empty(shape, dtype=dtype)
     if dbias.numel() == 0 or B * H * M * N == 0:
         return dbias.zero_()
-    lse, stats, delta = lse.contiguous(), stats.contiguous(), delta.contiguous()
+    record = record.contiguous()  # which vmap may have expanded
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     for flag in ("HAS_MASK", "HAS_BIAS", "PRECISION_V"):
         del constants[flag]
@@ -105,9 +104,9 @@ def fused_bias_gradient_op(
     launch(
         _dbias_kernel, shape[0] * shape[1] * triton.cdiv(shape[2], tile.BLOCK_M) * triton.cdiv(shape[3], tile.BLOCK_N),
         do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, *mask_strides,
-        lse, stats, delta, dbias, *dbias.stride(),
+        record, dbias, *dbias.stride(),
         seed, *scalars, B, H, H // Hk, M, N, left or 0, right or 0, *shape[1:],
         **constants, SUM_B=sums[0], SUM_H=sums[1], SUM_M=sums[2], SUM_N=sums[3],
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile),
     )
     return dbias

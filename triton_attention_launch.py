@@ -157,6 +157,7 @@ def launch(kernel, programs, *args, device=None, **constants):
             return kernel[(programs,)](*args, **constants)
     if must_dispatch(args[:1]):
         kernel = torch.library.wrap_triton(kernel)
+        constants.pop("maxnreg", None)  # Inductor of torch 2.11 does not know it
     device = device or args[0].device
     elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
     try:
@@ -215,12 +216,16 @@ def architecture():
 
 @functools.lru_cache
 def _tuned(op, arch, bits, head_dim, causal):
-    """The table's row for the smallest head dim that holds ours, the widest one past the table's end."""
+    """The table's row for the smallest head dim that holds ours, the widest one past the table's end. An op named
+    "op, variant" takes the row of "op" where there is none of the variant."""
+    names = (op, op.split(",")[0])
     for where in (arch, "any"):
-        for name in (op, op.removesuffix(" transposed")):
-            rows = {k[3]: t for k, t in tuned.TILES.items() if k[:3] == (name, where, bits) and k[4] in (causal, None)}
-            if rows:
-                return rows[min((d for d in rows if d >= head_dim), default=max(rows))]
+        rows = [(k[3], k[0], t) for k, t in tuned.TILES.items()
+                if k[0] in names and k[1:3] == (where, bits) and k[4] in (causal, None)]
+        if rows:
+            dims = [d for d, *_ in rows]
+            best = min((d for d in dims if d >= head_dim), default=max(dims))
+            return max((name == op, i, t) for i, (d, name, t) in enumerate(rows) if d == best)[2]
     raise KeyError(f"no tile for {op}, {bits} bits")
 
 
@@ -250,6 +255,14 @@ def tile_for(op, dtype, head_dim, causal, block_m=None, block_n=None) -> tuned.T
     block_m, block_n = block_m or tile.BLOCK_M, block_n or tile.BLOCK_N
     num_warps = 8 if block_m * block_n > 1 << 13 else 4
     return tile._replace(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=2)
+
+
+def compile_options(tile):
+    """What a tile says to the compiler, for launch."""
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if tile.registers and not INTERPRETED and architecture().startswith("sm_"):
+        options["maxnreg"] = tile.registers
+    return options
 
 
 def dot_precision(dtype, exact="tf32x3"):

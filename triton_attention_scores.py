@@ -19,7 +19,7 @@ import triton.language as tl
 
 from triton_attention_launch import (
     DEVICE, autocast, check_blocks, check_flag, check_heads, check_scale, check_shape, check_tensors,
-    define_op, differentiate, dot_precision, fold, hopper, launch, must_dispatch, tile_for, unfold,
+    compile_options, define_op, differentiate, dot_precision, fold, hopper, launch, must_dispatch, tile_for, unfold,
 )
 from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
 
@@ -101,7 +101,7 @@ def scores_op(
         D=D, CAUSAL=diagonal is not None, FILLED=fill is not None, MINUS_INF=bool(fill),
         PRECISION=dot_precision(q.dtype),
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=min(tile.BLOCK_D, max(16, triton.next_power_of_2(D))),
-        SPAN=tile.SPAN, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        SPAN=tile.SPAN, **compile_options(tile),
     )
     return s
 

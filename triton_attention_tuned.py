@@ -31,46 +31,58 @@ TILES = {
     ("values", "sm_90", 16, 64, False): Tile(128, 64, 64, 4, 3),  # 0.53, transposed 0.51
     ("values", "sm_90", 16, 64, True): Tile(128, 64, 64, 4, 4),  # 0.31, transposed 0.31
     ("values", "sm_90", 16, 128, False): Tile(256, 64, 128, 8, 4),  # 0.59
-    ("values transposed", "sm_90", 16, 128, False): Tile(256, 64, 128, 8, 3),  # 0.57
+    ("values, transposed", "sm_90", 16, 128, False): Tile(256, 64, 128, 8, 3),  # 0.57
     ("values", "sm_90", 16, 128, True): Tile(128, 64, 128, 8, 4),  # 0.38, transposed 0.38
     ("values", "sm_90", 32, 64, None): Tile(128, 32, 64, 4, 3),  # 2.18, transposed 2.27
     ("dscores", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 2),  # 1.34 and 1.38 with SPAN 4 and 16
     ("dscores", "sm_90", 16, 128, None): Tile(64, 64, 128, 4, 2, SPAN=16),  # 1.52
-    ("fused", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3),  # 1.28, causal 0.73
-    ("fused", "sm_90", 16, 128, None): Tile(128, 128, 128, 8, 3),  # 2.28, causal 1.30
-    ("fused", "sm_90", 16, 256, None): Tile(64, 64, 256, 8, 2),
-    ("fused dq", "sm_90", 16, 64, False): Tile(128, 64, 64, 4, 3),  # 1.31
-    ("fused dq", "sm_90", 16, 64, True): Tile(64, 64, 64, 4, 2),  # 0.80
-    ("fused dq", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3),  # 2.77, causal 1.53
-    ("fused dq", "sm_90", 16, 256, None): Tile(64, 32, 256, 8, 2),
-    ("fused dkdv", "sm_90", 16, 64, False): Tile(32, 128, 64, 4, 3),  # 2.46
-    ("fused dkdv", "sm_90", 16, 64, True): Tile(64, 64, 64, 4, 1),  # 1.60
-    ("fused dkdv", "sm_90", 16, 128, False): Tile(64, 64, 128, 4, 2),  # 4.22
-    ("fused dkdv", "sm_90", 16, 128, True): Tile(32, 64, 128, 4, 2),  # 2.79
-    ("fused dkdv", "sm_90", 16, 256, None): Tile(32, 64, 256, 8, 1),
-    ("fused", "any", 16, 64, None): Tile(64, 32, 64, 4, 2),
-    ("fused", "any", 16, 128, None): Tile(64, 32, 128, 4, 2),
-    ("fused", "any", 16, 256, None): Tile(64, 16, 256, 8, 1),
-    ("fused", "any", 32, 64, None): Tile(32, 32, 64, 4, 1),
-    ("fused", "any", 32, 128, None): Tile(32, 16, 128, 8, 1),
-    ("fused", "any", 32, 256, None): Tile(16, 16, 256, 4, 1),
-    ("fused", "any", 64, 64, None): Tile(16, 16, 64, 4, 1),
-    ("fused few", "any", 16, 128, None): Tile(16, 32, 128, 4, 2),
-    ("fused few", "any", 16, 256, None): Tile(16, 16, 256, 4, 2),
-    ("fused few", "any", 32, 128, None): Tile(16, 16, 128, 4, 1),
-    ("fused few", "any", 32, 256, None): Tile(16, 16, 256, 4, 1),
-    ("fused few", "any", 64, 64, None): Tile(16, 16, 64, 4, 1),
-    ("fused dq", "any", 16, 64, None): Tile(64, 32, 64, 8, 1),
-    ("fused dq", "any", 16, 256, None): Tile(32, 32, 256, 8, 1),
-    ("fused dq", "any", 32, 256, None): Tile(16, 16, 256, 8, 1),
-    ("fused dq", "any", 64, 64, None): Tile(16, 16, 64, 4, 1),
-    ("fused dkdv", "any", 16, 64, None): Tile(32, 64, 64, 8, 1),
-    ("fused dkdv", "any", 16, 256, None): Tile(32, 32, 256, 8, 1),
-    ("fused dkdv", "any", 32, 256, None): Tile(16, 16, 256, 8, 1),
-    ("fused dkdv", "any", 64, 64, None): Tile(16, 16, 64, 4, 1),
-    ("fused dbias", "any", 16, 256, None): Tile(16, 32, 256, 8, 1),
-    ("fused dbias", "any", 32, 256, None): Tile(16, 16, 256, 8, 1),
-    ("fused dbias", "any", 64, 64, None): Tile(16, 16, 64, 4, 1),
+    ("fused", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
+    ("fused", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),
+    ("fused, masked", "sm_90", 16, 128, None): Tile(128, 32, 128, 8, 3, registers=255),
+    ("fused", "sm_90", 16, 256, None): Tile(128, 32, 256, 8, 2, registers=255),
+    ("fused, masked", "sm_90", 16, 256, None): Tile(64, 16, 256, 8, 1, registers=255),
+    ("fused dq", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
+    ("fused dq", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 2, registers=255),
+    ("fused dq, masked", "sm_90", 16, 128, None): Tile(128, 32, 128, 8, 2, registers=255),
+    ("fused dq", "sm_90", 16, 256, None): Tile(32, 64, 256, 8, 1, registers=255),
+    ("fused dkdv", "sm_90", 16, 64, None): Tile(64, 128, 64, 8, 2, registers=255),
+    ("fused dkdv, masked", "sm_90", 16, 64, None): Tile(64, 64, 64, 8, 2, registers=255),
+    ("fused dkdv", "sm_90", 16, 128, None): Tile(64, 64, 128, 8, 2, registers=255),
+    ("fused dkdv, masked", "sm_90", 16, 128, None): Tile(32, 64, 128, 8, 2, registers=255),
+    ("fused dkdv", "sm_90", 16, 256, None): Tile(32, 32, 256, 8, 1, registers=255),
+    ("fused", "any", 16, 64, None): Tile(64, 32, 64, 4, 2, registers=255),
+    ("fused", "any", 16, 128, None): Tile(64, 32, 128, 4, 2, registers=255),
+    ("fused, masked", "any", 16, 128, None): Tile(64, 16, 128, 4, 2, registers=255),
+    ("fused", "any", 16, 256, None): Tile(64, 16, 256, 8, 1, registers=255),
+    ("fused", "any", 32, 64, None): Tile(32, 32, 64, 4, 1, registers=255),
+    ("fused", "any", 32, 128, None): Tile(32, 16, 128, 8, 1, registers=255),
+    ("fused", "any", 32, 256, None): Tile(16, 16, 256, 4, 1, registers=255),
+    ("fused", "any", 64, 64, None): Tile(16, 16, 64, 4, 1, registers=255),
+    ("fused few", "any", 16, 128, None): Tile(16, 32, 128, 4, 2, registers=255),
+    ("fused few", "any", 16, 256, None): Tile(16, 16, 256, 4, 2, registers=255),
+    ("fused few", "any", 32, 128, None): Tile(16, 16, 128, 4, 1, registers=255),
+    ("fused few", "any", 32, 256, None): Tile(16, 16, 256, 4, 1, registers=255),
+    ("fused few", "any", 64, 64, None): Tile(16, 16, 64, 4, 1, registers=255),
+    ("fused dq", "any", 16, 64, None): Tile(64, 32, 64, 8, 1, registers=255),
+    ("fused dq", "any", 16, 256, None): Tile(32, 32, 256, 8, 1, registers=255),
+    ("fused dq", "any", 32, 64, None): Tile(16, 16, 64, 8, 1, registers=255),
+    ("fused dq", "any", 32, 256, None): Tile(16, 16, 256, 8, 1, registers=255),
+    ("fused dq", "any", 64, 64, None): Tile(16, 16, 64, 8, 1, registers=255),
+    ("fused dkdv", "any", 16, 64, None): Tile(32, 64, 64, 8, 1, registers=255),
+    ("fused dkdv", "any", 16, 256, None): Tile(32, 32, 256, 8, 1, registers=255),
+    ("fused dkdv", "any", 32, 256, None): Tile(16, 16, 256, 8, 1, registers=255),
+    ("fused dkdv", "any", 64, 64, None): Tile(16, 16, 64, 8, 1, registers=255),
+    ("fused dbias", "any", 16, 256, None): Tile(16, 32, 256, 8, 1, registers=255),
+    ("fused dbias", "any", 32, 64, None): Tile(16, 32, 64, 8, 1, registers=255),
+    ("fused dbias", "any", 32, 256, None): Tile(16, 16, 256, 4, 1, registers=255),
+    ("fused dbias", "any", 64, 64, None): Tile(16, 16, 64, 8, 1, registers=255),
+    ("fused dq", "sm_100", 32, 256, None): Tile(16, 32, 256, 8, 1, registers=255),
+    ("fused dq", "sm_120", 32, 256, None): Tile(16, 16, 256, 16, 2, registers=255),
+    ("fused dq", "gfx942", 16, 64, None): Tile(64, 32, 64, 8, 1),
+    ("fused dq", "gfx942", 16, 256, None): Tile(32, 32, 256, 4, 1),
+    ("fused dkdv", "gfx942", 16, 64, None): Tile(32, 64, 64, 8, 1),
+    ("fused dkdv", "gfx942", 16, 128, None): Tile(32, 32, 128, 4, 1),
+    ("fused dkdv", "gfx942", 16, 256, None): Tile(16, 32, 256, 4, 1),
     ("scores", "any", 16, 64, None): Tile(64, 64, 64, 4, 2),
     ("scores", "any", 16, 128, None): Tile(64, 64, 128, 4, 2),
     ("scores", "any", 32, 64, None): Tile(64, 32, 32, 4, 2),

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from triton_attention_launch import (
     DEVICE, INTERPRETED, autocast, check_blocks, check_flag, check_heads, check_shape, check_tensors,
-    define_op, differentiate, dot_precision, fold, launch, tile_for, unfold,
+    compile_options, define_op, differentiate, dot_precision, fold, launch, tile_for, unfold,
 )
 from triton_attention_scores import Scores
 from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
@@ -158,7 +158,8 @@ def values_op(
         return o.zero_()
     if p.dtype == torch.float64:  # a kernel's scalar arguments are float32
         v, scale = v * scale, 1.0
-    tile = tile_for("values transposed" if transposed else "values", p.dtype, D, diagonal is not None, block_m, block_n)
+    op = "values, transposed" if transposed else "values"
+    tile = tile_for(op, p.dtype, D, diagonal is not None, block_m, block_n)
     block_d = min(tile.BLOCK_D, max(16, triton.next_power_of_2(D)))
     programs = B * heads * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(D, block_d)
     has_nan = torch.empty(programs, dtype=torch.int8, device=p.device)
@@ -173,7 +174,7 @@ def values_op(
     launch(
         _values_kernel, programs, *arguments, **constants,
         BLOCK_N=tile.BLOCK_N, PRECISION=dot_precision(p.dtype, "bf16x6"),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **compile_options(tile),
     )
     if not INTERPRETED or has_nan.any():
         rows = min(tile.BLOCK_M, 32)
