@@ -21,14 +21,14 @@ FEATURES = [
 ]
 
 
-@pytest.mark.parametrize("M,N", [(37, 53), (90, 40), (1, 70), (130, 130)])
+@pytest.mark.parametrize("M,N", [(37, 53), (90, 40), (1, 70), (130, 140)])
 @pytest.mark.parametrize("window,softcap,with_sinks,is_causal", FEATURES, ids=str)
 def test_features(M, N, window, softcap, with_sinks, is_causal):
     dtype = (F32, F16, BF16, F64)[(M + len(str(window))) % 4]
-    q, k, v = (randn(2, 4, M, 24, dtype=dtype), *(randn(2, 2, N, 24, dtype=dtype) for _ in range(2)))
+    q, k, v = (randn(1, 2, M, 24, dtype=dtype), *(randn(1, 1, N, 24, dtype=dtype) for _ in range(2)))
     options = {"window_size": window or (-1, -1), "softcap": softcap or 0.0, "is_causal": is_causal}
-    for mask in (None, randn(1, 4, M, N, dtype=dtype), torch.rand(2, 1, 1, N, device=DEVICE) > 0.3):
-        sinks = randn(4, dtype=dtype) if with_sinks else None
+    for mask in (None, randn(1, 2, M, N, dtype=dtype), torch.rand(1, 1, 1, N, device=DEVICE) > 0.3):
+        sinks = randn(2, dtype=dtype) if with_sinks else None
         compare(lambda *args: fused(*args[:4], sinks=args[4], **options),
                 lambda *args: torch_fused(*args[:4], sinks=args[4], **options), q, k, v, mask, sinks)
 
@@ -69,9 +69,9 @@ def test_scores_far_below_zero(dtype):
     compare(fused, torch_fused, q, k, v, bias, is_causal=True)
 
 
-@pytest.mark.parametrize("M,N,heads", [(1, 3000, (8, 2)), (1, 130, (3, 3)), (3, 2000, (2, 1)), (16, 1111, (2, 2))])
+@pytest.mark.parametrize("M,N,heads", [(1, 1500, (4, 1)), (1, 130, (3, 3)), (3, 900, (2, 1)), (16, 700, (1, 1))])
 def test_few_queries_split_the_keys(M, N, heads):
-    for dtype in (F32, F16, BF16):
+    for dtype in (F32, F16) if M == 1 else (BF16,):
         H, Hk = heads
         q, k, v = (randn(1, h, n, 40, dtype=dtype) for h, n in ((H, M), (Hk, N), (Hk, N)))
         hidden = torch.rand(1, 1, M, N, device=DEVICE) > 0.2

@@ -30,7 +30,7 @@ from triton_attention_launch import (
     check_shape, check_sinks, check_softcap, check_tensors, check_window,
     compile_options, define_op, differentiate, fold, launch, tile_for, unfold,
 )
-from triton_attention_logits import LOG2E, exponential, key_range, load_pair, logits, steps, store_pair
+from triton_attention_logits import exponential, key_range, load_pair, logits, steps, store_pair
 from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
@@ -60,7 +60,7 @@ def _walk(
         m_new = tl.maximum(m_i, tl.max(x, 1) * (1.0 if SCALED else scale))
         finite = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
         p = exponential(x, finite[:, None], scale, SCALED)
-        alpha = tl.exp2((m_i - finite) * LOG2E)
+        alpha = tl.exp(m_i - finite)
         l_i = l_i * alpha + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N), p, 0.0)
@@ -155,8 +155,8 @@ def _fwd_kernel(
             PRECISION_V, BLOCK_N, BLOCK_D, BLOCK_DV,
         )
 
-    total = keep_factor / tl.where((l_i == 0.0) | SPLIT, 1.0, l_i)  # parts are divided when they are merged
-    store_tile(o_ptr, (stride_om, stride_od), (M, DV), offs_m, offs_e, acc * total[:, None])
+    factor = keep_factor / tl.where((l_i == 0.0) | SPLIT, 1.0, l_i)  # parts are divided when they are merged
+    store_tile(o_ptr, (stride_om, stride_od), (M, DV), offs_m, offs_e, acc * factor[:, None])
     if not SPLIT:
         tl.store(lse_ptr + row + offs_m, m_i + tl.log(l_i), mask=offs_m < M)
     if SPLIT or EXACT:
@@ -167,7 +167,7 @@ def _fwd_kernel(
                 chosen = first + tl.arange(0, FEW)
                 here = tl.arange(0, BLOCK_M)[None, :] == chosen[:, None]
                 m_few = tl.max(tl.where(here, m_i[None, :], float("-inf")), 1)
-                total_few = tl.sum(tl.where(here, total[None, :], 0.0), 1)
+                factor_few = tl.sum(tl.where(here, factor[None, :], 0.0), 1)
                 acc_few = _walk_one_by_one(
                     q_ptr, (stride_qm, stride_qd), k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides,
                     seed, off_b, off_h, start_m + chosen, m_few, bounds[0], bounds[3], M, N, left, right, scale,
@@ -175,7 +175,7 @@ def _fwd_kernel(
                     BLOCK_D, BLOCK_DV,
                 )
                 store_tile(
-                    o_ptr, (stride_om, stride_od), (M, DV), start_m + chosen, offs_e, acc_few * total_few[:, None]
+                    o_ptr, (stride_om, stride_od), (M, DV), start_m + chosen, offs_e, acc_few * factor_few[:, None]
                 )
 
 
@@ -189,7 +189,7 @@ def _merge_kernel(
     offs_s, offs_e = tl.arange(0, SPLITS), tl.arange(0, BLOCK_DV)
     m_s, l_s = load_pair(part_stats_ptr, offs_s * rows + row, offs_s < splits, float("-inf"))
     m = tl.max(m_s, 0)
-    alpha = tl.exp2((m_s - tl.where(m == float("-inf"), 0.0, m)) * LOG2E)
+    alpha = tl.exp(m_s - tl.where(m == float("-inf"), 0.0, m))
     l = tl.sum(alpha * l_s, 0)  # noqa: E741
     parts = load_tile(part_ptr + row * DV, (rows * DV, 1), (splits, DV), offs_s, offs_e)
     o = tl.sum(tl.where(alpha[:, None] == 0.0, 0.0, alpha[:, None] * parts), 0) / tl.where(l == 0.0, 1.0, l)

@@ -1,7 +1,7 @@
 """dQ, dK, dV of the fused kernel: P is computed again, tile by tile, instead of stored.
 
     P  = e^(logits - lse)                 lse came from the forward pass: no maximum, no sum, no correction. For
-                                          float32, e^(logits - m) / l, free of the rounding of lse
+                                          float32, e^(logits - m_i) / l_i, free of the rounding of lse
     dS = P * (dO V^T - delta)             delta = rowsum(P * dP) - dlse, of which the first is rowsum(dO * O)
     dV = P^T dO     dQ = scale dS K     dK = scale dS^T Q
 
@@ -173,16 +173,16 @@ def _dq_kernel(
     if EXACT:  # a walk of its own, for what rounding leaves over: much, where one key has almost all of the weight
         if HAS_SINKS:  # the rest is rowsum(P * (dP - delta)) where P sums to 1
             delta = rest
-        total = rest
+        more = rest
         for masked in tl.static_range(1 if TENSOR else 0, 2):
-            total = _walk_keys(
-                total, q, do, (top, inverse, delta, rest), k_ptr, (stride_kn, stride_kd), v_ptr, (stride_vn, stride_vd),
+            more = _walk_keys(
+                more, q, do, (top, inverse, delta, rest), k_ptr, (stride_kn, stride_kd), v_ptr, (stride_vn, stride_vd),
                 mask_ptr, (stride_am, stride_an), seed, off_b, off_h, offs_m, bounds,
                 M, N, left, right, scale, dropout_p, keep_factor, True,
                 D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
                 PRECISION, PRECISION_V, BLOCK_N, BLOCK_D, BLOCK_DV,
             )
-        rest = total
+        rest = more
     if HAS_DLSE:
         dlse = tl.load(dlse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
         delta, rest = delta - (0.0 if EXACT else dlse), rest - (dlse if EXACT else 0.0)

@@ -117,7 +117,7 @@ def exponential(x, top, scale, SCALED: tl.constexpr):
     PyTorch's. Else the scale, log2(e) and the subtraction are one multiply-add: enough for what 16 bits will hold.
     """
     if SCALED:
-        return tl.exp2((x - top) * LOG2E)
+        return tl.exp(x - top)
     else:
         return tl.exp2(x * (scale * LOG2E) - top * LOG2E)
 
