@@ -137,14 +137,15 @@ def masks(B, H, M, N, dtype):
     yield bias.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
 
 
-@pytest.mark.parametrize("dtype,is_causal", [(F32, False), (F32, True), (BF16, True)], ids=str)
-def test_masks(dtype, is_causal):
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+def test_masks(dtype):
     B, H, M, N = (1, 2, 60, 90) if dtype == BF16 else (2, 1, 60, 90)
     q, k, v = (randn(B, H, n, 24, dtype=dtype) for n in (M, N, N))
     s = randn(B, H, M, N, dtype=dtype)
-    for mask in masks(B, H, M, N, dtype):
-        compare(lambda s, m: attention_softmax(s, m, is_causal=is_causal),
-                lambda s, m: torch_softmax(s, m, is_causal), s, mask)
+    for i, mask in enumerate(masks(B, H, M, N, dtype)):
+        is_causal = (i // 2 % 2 == 0) == (dtype == F32)
+        compare(lambda s, m, c=is_causal: attention_softmax(s, m, is_causal=c),
+                lambda s, m, c=is_causal: torch_softmax(s, m, c), s, mask)
         compare(staged, torch_staged, q, k, v, mask, is_causal=is_causal)
         compare(fused, torch_fused, q, k, v, mask, is_causal=is_causal)
 

@@ -69,21 +69,20 @@ def test_scores_far_below_zero(dtype):
     compare(fused, torch_fused, q, k, v, bias, is_causal=True)
 
 
-@pytest.mark.parametrize("M,N,heads", [(1, 1500, (4, 1)), (1, 130, (3, 3)), (3, 900, (2, 1)), (16, 700, (1, 1))])
+@pytest.mark.parametrize("M,N,heads", [(1, 700, (4, 1)), (1, 130, (3, 3)), (3, 700, (2, 1)), (16, 600, (1, 1))])
 def test_few_queries_split_the_keys(M, N, heads):
-    for dtype in (F32, F16) if M == 1 else (BF16,):
-        H, Hk = heads
-        q, k, v = (randn(1, h, n, 40, dtype=dtype) for h, n in ((H, M), (Hk, N), (Hk, N)))
-        hidden = torch.rand(1, 1, M, N, device=DEVICE) > 0.2
-        hidden[..., : N // 2] = False  # whole splits see nothing
-        compare(fused, torch_fused, q, k, v)
-        sinks = randn(H, dtype=dtype)
-        compare(lambda *a: fused(*a[:4], sinks=a[4]), lambda *a: torch_fused(*a[:4], sinks=a[4]),
-                q, k, v, hidden, sinks)
-        bias = randn(1, H, 1, N, dtype=dtype)
-        compare(fused, torch_fused, q, k, v, bias, window_size=(N // 3, -1), is_causal=True)
-        o, lse = fused(q, k, v, torch.zeros_like(hidden))
-        assert (o == 0).all() and (lse == -INF).all()
+    H, Hk = heads
+    dtype = {(1, 700): F32, (1, 130): F16}.get((M, N), BF16)
+    q, k, v = (randn(1, h, n, 40, dtype=dtype) for h, n in ((H, M), (Hk, N), (Hk, N)))
+    hidden = torch.rand(1, 1, M, N, device=DEVICE) > 0.2
+    hidden[..., : N // 2] = False  # whole splits see nothing
+    compare(fused, torch_fused, q, k, v)
+    sinks = randn(H, dtype=dtype)
+    compare(lambda *a: fused(*a[:4], sinks=a[4]), lambda *a: torch_fused(*a[:4], sinks=a[4]), q, k, v, hidden, sinks)
+    bias = randn(1, H, 1, N, dtype=dtype)
+    compare(fused, torch_fused, q, k, v, bias, window_size=(N // 3, -1), is_causal=True)
+    o, lse = fused(q, k, v, torch.zeros_like(hidden))
+    assert (o == 0).all() and (lse == -INF).all()
 
 
 @pytest.mark.parametrize("dropout_p", [0.2, 0.7, 1.0])

