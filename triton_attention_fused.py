@@ -245,6 +245,8 @@ def fused_op(
     if N == 0:
         o.zero_()
         lse.copy_(float("-inf") if sinks is None else sinks.view(H, -1))
+        if stats.numel():
+            stats.copy_(torch.stack([outputs[1], (outputs[1] != -math.inf).to(stats.dtype)], -1))
         return outputs
     sinks_strides = (0, 0) if sinks is None else (sinks.stride(0), sinks.stride(1) if sinks.dim() == 2 else 0)
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
@@ -324,11 +326,9 @@ class FusedBackward(torch.autograd.Function):
         if needs_dmask:
             dmask = fused_bias_gradient_op(do, q, k, v, full, seed, record, list(mask.shape), mask.dtype, *options)
         if needs_dsinks:  # the sink's weight e^(sink - lse) has no value: dP = 0, so its gradient is -P delta
-            weight = torch.exp(sinks[:, None] - lse)
-            if exact(q.dtype):
-                weight = torch.exp(sinks[:, None] - stats[..., 0]) / stats[..., 1]
-            weight = weight.masked_fill(lse == -math.inf, 0.0)
-            dsinks = -(weight * record[..., 2:].sum(-1)).sum((0, 2)).to(sinks.dtype)
+            top, total = (stats[..., 0], stats[..., 1]) if exact(q.dtype) else (lse, torch.ones_like(lse))
+            weight = (torch.exp(sinks[:, None].double() - top) / total).masked_fill(lse == -math.inf, 0.0)
+            dsinks = -(weight * record[..., 2:].double().sum(-1)).sum((0, 2)).to(sinks.dtype)
         return dq, dk, dv, dmask, dsinks
 
     @staticmethod
