@@ -2,12 +2,14 @@
 
     python3 benchmark_block_sizes.py --kernel scores [--full] [--save] [--autotune]      half a minute on an H200
 
-Every legal tile is checked and timed; --full crosses them with warps and pipeline stages. The best few then take
-turns, and --save writes the winner into triton_attention_tuned.py for this GPU: that is how a new GPU is tuned.
---autotune asks triton.autotune for its choice of the same tiles. A tile that does not fit is listed with its needs.
+Every legal tile is checked and timed; --full crosses them with warps, pipeline stages and registers a thread. The best
+few then take turns, and --save writes the winner into triton_attention_tuned.py for this GPU: that is how a new GPU is
+tuned. --autotune asks triton.autotune for its choice of the same tiles. A tile that does not fit is listed with its
+needs.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import benchmark_providers
@@ -19,7 +21,7 @@ from benchmarking import Case, Comparison, wanted
 SWEEP = [16, 32, 64, 128, 256]
 QUICK = [32, 64, 128]
 INTERPRETED = [32, 64]
-WARPS, STAGES = (4, 8), (2, 3, 4)
+WARPS, STAGES, REGISTERS = (4, 8), (2, 3, 4), (128, 168, 255)
 FINALISTS = 4  # so many of the best take turns for the win
 IN_TURNS = " in turns"
 DEFAULT = "no tile given"
@@ -39,6 +41,7 @@ KERNELS = {
     "scores": Kernel("scores", "triton_attention_scores", "_scores_kernel", "scores"),
     "softmax": Kernel("softmax", "triton_attention_softmax", "_softmax_kernel", None),
     "values": Kernel("values", "triton_attention_values", "_values_kernel", "values"),
+    "fused": Kernel("fused", "triton_attention_fused", "_fwd_kernel", "fused"),
 }
 
 
@@ -76,14 +79,19 @@ def tiles(kernel, shape, sizes, full):
                 found += [chosen._replace(BLOCK_M=m, BLOCK_N=n, num_warps=0)] if (m, n) != chosen[:2] else []
                 continue
             tile = tile_for(kernel.op, getattr(torch, shape[4]), shape[3], shape[5], m, n)
-            options = [(w, s) for w in WARPS for s in STAGES] if full else [(tile.num_warps, tile.num_stages)]
-            found += [tile._replace(num_warps=w, num_stages=s) for w, s in options]
+            registers = REGISTERS if tile.registers else [None]
+            if full:
+                options = itertools.product(WARPS, STAGES, registers)
+                found += [tile._replace(num_warps=w, num_stages=s, registers=r) for w, s, r in options]
+            else:
+                found.append(tile)
     return list(dict.fromkeys(found))
 
 
 def name_of(tile):
-    """64x128 w4 s2; a softmax tile has its warps from its size."""
-    return f"{tile.BLOCK_M}x{tile.BLOCK_N}" + (f" w{tile.num_warps} s{tile.num_stages}" if tile.BLOCK_D else "")
+    """64x128 w4 s2, with r128 where registers are limited; a softmax tile has its warps from its size."""
+    options = f" w{tile.num_warps} s{tile.num_stages}" if tile.BLOCK_D else ""
+    return f"{tile.BLOCK_M}x{tile.BLOCK_N}{options}" + (f" r{tile.registers}" if tile.registers else "")
 
 
 def limited(tile):
@@ -233,7 +241,7 @@ def save_winner(kernel, shape, winner, tile):
 def options():
     p = benchmarking.parser(__doc__.split("\n")[0])
     p.add_argument("--kernel", nargs="+", choices=KERNELS, default=["scores"], help="kernels to tune")
-    p.add_argument("--full", action="store_true", help="cross the tiles with warps and pipeline stages")
+    p.add_argument("--full", action="store_true", help="cross the tiles with warps, pipeline stages and registers")
     p.add_argument("--autotune", action="store_true", help="ask triton.autotune too, through its disk cache")
     p.add_argument("--save", action="store_true", help="write the winner into triton_attention_tuned.py")
     return p

@@ -69,7 +69,8 @@ def autotune(module, function, calls):
         sizes = {"BLOCK_M": constants["BLOCK_M"], "BLOCK_N": constants["BLOCK_N"]}
         if "WHOLE_ROW" in constants:
             sizes["WHOLE_ROW"] = constants["WHOLE_ROW"]
-        configs.append(triton.Config(sizes, constants["num_warps"], constants.get("num_stages", 3)))
+        stages, registers = constants.get("num_stages", 3), constants.get("maxnreg")
+        configs.append(triton.Config(sizes, constants["num_warps"], stages, maxnreg=registers))
         if count > most[0]:  # its scratch buffers are large enough for every tile
             most = launch
     kernel = getattr(importlib.import_module(module), function)

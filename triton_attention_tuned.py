@@ -37,11 +37,13 @@ TILES = {
     ("dscores", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 2),  # 1.34 and 1.38 with SPAN 4 and 16
     ("dscores", "sm_90", 16, 128, None): Tile(64, 64, 128, 4, 2, SPAN=16),  # 1.52
     ("fused", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
+    ("fused, masked", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
     ("fused", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),
     ("fused, masked", "sm_90", 16, 128, None): Tile(128, 32, 128, 8, 3, registers=255),
     ("fused", "sm_90", 16, 256, None): Tile(128, 32, 256, 8, 2, registers=255),
     ("fused, masked", "sm_90", 16, 256, None): Tile(64, 16, 256, 8, 1, registers=255),
     ("fused dq", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
+    ("fused dq, masked", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
     ("fused dq", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 2, registers=255),
     ("fused dq, masked", "sm_90", 16, 128, None): Tile(128, 32, 128, 8, 2, registers=255),
     ("fused dq", "sm_90", 16, 256, None): Tile(32, 64, 256, 8, 1, registers=255),
