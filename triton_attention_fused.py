@@ -42,7 +42,7 @@ def _walk(
     bounds, M, N, left, right, scale, dropout_p,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """Attend to the keys that every query of the block sees, a tile at a time, or if MASKED to the others."""
@@ -65,7 +65,7 @@ def _walk(
         if DROPOUT:
             p = tl.where(keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N), p, 0.0)
         v = load_tile(v_ptr, v_strides, (N, DV), offs_n, offs_e, 0.0, MASKED, DV != BLOCK_DV)
-        acc = dot(p.to(v.dtype), v, acc * alpha[:, None], PRECISION_V)
+        acc = dot(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
         m_i = m_new
     return acc, m_i, l_i
 
@@ -111,7 +111,7 @@ def _fwd_kernel(
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
     SCALED: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FEW: tl.constexpr,
 ):
     row_tiles, splits = tl.cdiv(M, BLOCK_M), tl.cdiv(N, chunk)
@@ -129,6 +129,7 @@ def _fwd_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
+    scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # torch.compile passes float64
     k_strides, v_strides, mask_strides = (stride_kn, stride_kd), (stride_vn, stride_vd), (stride_am, stride_an)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -152,7 +153,7 @@ def _fwd_kernel(
             acc, m_i, l_i, q, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
             bounds, M, N, left, right, scale, dropout_p,
             D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PRECISION,
-            PRECISION_V, BLOCK_N, BLOCK_D, BLOCK_DV,
+            BLOCK_N, BLOCK_D, BLOCK_DV,
         )
 
     factor = keep_factor / tl.where((l_i == 0.0) | SPLIT, 1.0, l_i)  # parts are divided when they are merged

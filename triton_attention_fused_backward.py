@@ -93,7 +93,7 @@ def _walk_keys(
     M, N, left, right, scale, dropout_p, keep_factor, SUM: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """acc plus dS K, or the row sums of dS, over some keys; rows are (top, inverse, delta, rest)."""
@@ -120,7 +120,7 @@ def _walk_keys(
         else:
             if MASKED:  # 0 * NaN again; where the key is visible, the NaN is in dS already
                 k = tl.where(tl.abs(k) < float("inf"), k, 0.0).to(k.dtype)
-            acc = dot(ds.to(k.dtype), k, acc, PRECISION_V)
+            acc = dot(ds.to(k.dtype), k, acc, PRECISION)
     return acc
 
 
@@ -137,7 +137,7 @@ def _dq_kernel(
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DLSE: tl.constexpr,
     SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     row_tiles = tl.cdiv(M, BLOCK_M)
@@ -156,6 +156,7 @@ def _dq_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
+    scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # torch.compile passes float64
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -180,7 +181,7 @@ def _dq_kernel(
                 mask_ptr, (stride_am, stride_an), seed, off_b, off_h, offs_m, bounds,
                 M, N, left, right, scale, dropout_p, keep_factor, True,
                 D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
-                PRECISION, PRECISION_V, BLOCK_N, BLOCK_D, BLOCK_DV,
+                PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
             )
         rest = more
     if HAS_DLSE:
@@ -196,7 +197,7 @@ def _dq_kernel(
             mask_ptr, (stride_am, stride_an), seed, off_b, off_h, offs_m, bounds,
             M, N, left, right, scale, dropout_p, keep_factor, False,
             D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
-            PRECISION, PRECISION_V, BLOCK_N, BLOCK_D, BLOCK_DV,
+            PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )
     store_tile(dq_ptr, (stride_rm, stride_rd), (M, D), offs_m, offs_d, dq * (scale * SIGN))
 
@@ -207,7 +208,7 @@ def _walk_queries(
     seed, off_b, first_h, start_n, bounds, H, M, N, left, right, scale, dropout_p, keep_factor,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """(dk + dS^T Q, dv + P^T dO) over the queries that see every key of the block, or if MASKED over the others.
@@ -246,12 +247,12 @@ def _walk_queries(
         if DROPOUT:
             keep = tl.trans(keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N).to(tl.int32)) > 0
             kept = tl.where(keep, p_t * keep_factor, 0.0)
-        dv = dot(kept.to(do.dtype), do, dv, PRECISION_V)  # before dP: frees the registers that hold P as an operand
+        dv = dot(kept.to(do.dtype), do, dv, PRECISION)  # before dP: frees the registers that hold P as an operand
         dp_t = dot(v, tl.trans(do), zeros, PRECISION)
         if DROPOUT:
             dp_t = tl.where(keep, dp_t * keep_factor, 0.0)
         _, ds_t = dscores(p_t, dp_t, tanh, delta, rest, 1, MASKED, SOFTCAP, EXACT)
-        dk = dot(ds_t.to(q.dtype), q, dk, PRECISION_V)
+        dk = dot(ds_t.to(q.dtype), q, dk, PRECISION)
     return dk, dv
 
 
@@ -268,7 +269,7 @@ def _dkdv_kernel(
     seed_ptr, scale, dropout_p, keep_factor, H, M, N, left, right,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PRECISION_V: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     tile, off_b, off_hk = split_program(tl.program_id(0), tl.cdiv(N, BLOCK_N), H // GROUP)
@@ -281,6 +282,7 @@ def _dkdv_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
+    scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # torch.compile passes float64
 
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -300,7 +302,7 @@ def _dkdv_kernel(
             record_ptr, seed, off_b, off_hk * GROUP, start_n, bounds,
             H, M, N, left, right, scale, dropout_p, keep_factor,
             GROUP, D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
-            PRECISION, PRECISION_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )
     store_tile(dk_ptr, (stride_rn, stride_rd), (N, D), offs_n, offs_d, dk * (scale * SIGN))
     store_tile(dv_ptr, (stride_wn, stride_wd), (N, DV), offs_n, offs_e, dv)
@@ -320,6 +322,9 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
     if q.dtype == torch.float64:
         q, scale = q * scale, 1.0
         v, keep_factor = v * keep_factor, 1.0
+        if mask is not None and mask.dtype == torch.bool:  # Triton 3.6 fails to build a product that depends on bytes
+            once = mask[tuple(slice(None) if stride else slice(1) for stride in mask.stride())]
+            mask = q.new_zeros(once.shape).masked_fill(~once, -torch.inf).expand(mask.shape)
     sign = (scale > 0) - (scale < 0)
     strides = (0, 0, 0, 0) if mask is None else mask.stride()
     has_mask = mask is not None and mask.dtype == torch.bool
@@ -331,7 +336,7 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
         "D": D, "DV": DV, "SIGN": sign, "LEFT": left is not None, "RIGHT": right is not None, "HAS_MASK": has_mask,
         "HAS_BIAS": has_bias, "SOFTCAP": softcap, "SCALED": exact(q.dtype) or has_bias or softcap > 0.0,
         "DROPOUT": dropout_p > 0.0, "EXACT": exact(q.dtype),
-        "PRECISION": dot_precision(q.dtype), "PRECISION_V": dot_precision(q.dtype, "bf16x6"),
+        "PRECISION": dot_precision(q.dtype),
         "BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
     }
     return q, v, mask, strides, scalars, constants
@@ -359,13 +364,14 @@ def fused_backward_op(
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     width, variant = max(constants["D"], constants["DV"]), "" if mask is None else ", masked"
     tile = tile_for(f"fused dq{variant}", q.dtype, width, right is not None)
+    precision = dot_precision(q.dtype, "tf32x3" if width > 64 else "bf16x6")  # Q and dO stay in registers
     launch(
         _dq_kernel, B * H * triton.cdiv(M, tile.BLOCK_M),
         do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(), mask, *mask_strides,
         lse, stats, None if dlse is None else dlse.contiguous(), record, dq, *dq.stride(),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
-        **constants, HAS_SINKS=has_sinks, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-        **compile_options(tile),
+        **constants | {"PRECISION": precision}, HAS_SINKS=has_sinks, HAS_DLSE=dlse is not None,
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile),
     )
     tile = tile_for(f"fused dkdv{variant}", q.dtype, width, right is not None)
     launch(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from triton_attention_fused_backward import dscores, fused_arguments, load_record, probs
-from triton_attention_launch import compile_options, define_op, launch, tile_for
+from triton_attention_launch import compile_options, define_op, dot_precision, launch, tile_for
 from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
 
 
@@ -35,6 +35,7 @@ def _dbias_kernel(
     start_m, start_n = tile // col_tiles * BLOCK_M, tile % col_tiles * BLOCK_N
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
+    scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # torch.compile passes float64
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
@@ -97,9 +98,11 @@ def fused_bias_gradient_op(
         return dbias.zero_()
     record = record.contiguous()  # which vmap may have expanded
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
-    for flag in ("HAS_MASK", "HAS_BIAS", "PRECISION_V"):
+    for flag in ("HAS_MASK", "HAS_BIAS"):
         del constants[flag]
-    tile = tile_for("fused dbias", q.dtype, max(constants["D"], constants["DV"]), False)
+    width = max(constants["D"], constants["DV"])
+    constants["PRECISION"] = dot_precision(q.dtype, "tf32x3" if width > 64 else "bf16x6")  # Q and dO stay in registers
+    tile = tile_for("fused dbias", q.dtype, width, False)
     sums = [size == 1 for size in shape]
     launch(
         _dbias_kernel, shape[0] * shape[1] * triton.cdiv(shape[2], tile.BLOCK_M) * triton.cdiv(shape[3], tile.BLOCK_N),

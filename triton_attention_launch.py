@@ -265,17 +265,15 @@ def compile_options(tile):
     return options
 
 
-def dot_precision(dtype, exact="tf32x3"):
+def dot_precision(dtype, exact="bf16x6"):
     """How a kernel multiplies float32: in TF32 if torch.get_float32_matmul_precision() allows it, else in full.
 
-    `exact` is the sum of tensor-core products that the kernel uses for the latter on NVIDIA GPUs: "tf32x3" or "bf16x6".
+    In full, on NVIDIA GPUs, is a sum of six products of bfloat16, three of which make up a float32. `exact` may choose
+    "tf32x3" instead, three products of TF32: it is no faster and loses two bits, but takes fewer registers.
     """
-    if dtype != torch.float32 or INTERPRETED:
+    if dtype != torch.float32 or INTERPRETED or not architecture().startswith("sm_"):
         return "ieee"
-    nvidia = architecture().startswith("sm_")
-    if torch.get_float32_matmul_precision() != "highest":
-        return "tf32" if nvidia else "ieee"
-    return exact if nvidia else "ieee"
+    return exact if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 # ---- arguments

@@ -36,20 +36,20 @@ TILES = {
     ("values", "sm_90", 32, 64, None): Tile(128, 32, 64, 4, 3),  # 2.18, transposed 2.27
     ("dscores", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 2),  # 1.34 and 1.38 with SPAN 4 and 16
     ("dscores", "sm_90", 16, 128, None): Tile(64, 64, 128, 4, 2, SPAN=16),  # 1.52
-    ("fused", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
+    ("fused", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.66
     ("fused, masked", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
-    ("fused", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),
+    ("fused", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),  # 1.18
     ("fused, masked", "sm_90", 16, 128, None): Tile(128, 32, 128, 8, 3, registers=255),
     ("fused", "sm_90", 16, 256, None): Tile(128, 32, 256, 8, 2, registers=255),
     ("fused, masked", "sm_90", 16, 256, None): Tile(64, 16, 256, 8, 1, registers=255),
-    ("fused dq", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
+    ("fused dq", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.68
     ("fused dq, masked", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
-    ("fused dq", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 2, registers=255),
+    ("fused dq", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),  # 1.34
     ("fused dq, masked", "sm_90", 16, 128, None): Tile(128, 32, 128, 8, 2, registers=255),
     ("fused dq", "sm_90", 16, 256, None): Tile(32, 64, 256, 8, 1, registers=255),
-    ("fused dkdv", "sm_90", 16, 64, None): Tile(64, 128, 64, 8, 2, registers=255),
+    ("fused dkdv", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 3, registers=255),  # 1.06
     ("fused dkdv, masked", "sm_90", 16, 64, None): Tile(64, 64, 64, 8, 2, registers=255),
-    ("fused dkdv", "sm_90", 16, 128, None): Tile(64, 64, 128, 8, 2, registers=255),
+    ("fused dkdv", "sm_90", 16, 128, None): Tile(32, 64, 128, 4, 3, registers=255),  # 2.09
     ("fused dkdv, masked", "sm_90", 16, 128, None): Tile(32, 64, 128, 8, 2, registers=255),
     ("fused dkdv", "sm_90", 16, 256, None): Tile(32, 32, 256, 8, 1, registers=255),
     ("fused", "any", 16, 64, None): Tile(64, 32, 64, 4, 2, registers=255),
@@ -57,7 +57,7 @@ TILES = {
     ("fused, masked", "any", 16, 128, None): Tile(64, 16, 128, 4, 2, registers=255),
     ("fused", "any", 16, 256, None): Tile(64, 16, 256, 8, 1, registers=255),
     ("fused", "any", 32, 64, None): Tile(32, 32, 64, 4, 1, registers=255),
-    ("fused", "any", 32, 128, None): Tile(32, 16, 128, 8, 1, registers=255),
+    ("fused", "any", 32, 128, None): Tile(16, 32, 128, 8, 1, registers=255),
     ("fused", "any", 32, 256, None): Tile(16, 16, 256, 4, 1, registers=255),
     ("fused", "any", 64, 64, None): Tile(16, 16, 64, 4, 1, registers=255),
     ("fused few", "any", 16, 128, None): Tile(16, 32, 128, 4, 2, registers=255),
@@ -75,12 +75,10 @@ TILES = {
     ("fused dkdv", "any", 32, 256, None): Tile(16, 16, 256, 8, 1, registers=255),
     ("fused dkdv", "any", 64, 64, None): Tile(16, 16, 64, 8, 1, registers=255),
     ("fused dbias", "any", 16, 256, None): Tile(16, 32, 256, 8, 1, registers=255),
-    ("fused dbias", "any", 32, 64, None): Tile(16, 32, 64, 8, 1, registers=255),
+    ("fused dbias", "any", 32, 64, None): Tile(16, 64, 64, 4, 1, registers=255),
     ("fused dbias", "any", 32, 256, None): Tile(16, 16, 256, 4, 1, registers=255),
     ("fused dbias", "any", 64, 64, None): Tile(16, 16, 64, 8, 1, registers=255),
-    ("fused dq", "sm_100", 32, 256, None): Tile(16, 32, 256, 8, 1, registers=255),
     ("fused dq", "sm_120", 32, 256, None): Tile(16, 16, 256, 16, 2, registers=255),
-    ("fused dq, masked", "sm_120", 32, 256, None): Tile(16, 16, 256, 8, 1, registers=255),
     ("fused dq", "gfx942", 16, 64, None): Tile(64, 32, 64, 8, 1),
     ("fused dq", "gfx942", 16, 256, None): Tile(32, 32, 256, 4, 1),
     ("fused dkdv", "gfx942", 16, 64, None): Tile(32, 64, 64, 8, 1),

@@ -173,7 +173,7 @@ def values_op(
     }
     launch(
         _values_kernel, programs, *arguments, **constants,
-        BLOCK_N=tile.BLOCK_N, PRECISION=dot_precision(p.dtype, "bf16x6"),
+        BLOCK_N=tile.BLOCK_N, PRECISION=dot_precision(p.dtype),
         **compile_options(tile),
     )
     if not INTERPRETED or has_nan.any():
