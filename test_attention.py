@@ -427,7 +427,9 @@ REFUSED = [
     refused(ValueError, r"sinks must be \[H\] = \[4\], got \(3,\)", attention_fused, X, X, X, sinks=T(3)),
     refused(TypeError, "sinks must be float16", attention_fused, X, X, X, sinks=T(4).long()),
     refused(ValueError, "does not fit: it needs", attention_fused, X, X, X, block_m=2048, block_n=2048),
+    refused(ValueError, "softcap must be positive and finite", attention_fused, X, X, X, softcap=10**400),
     refused(TypeError, "lse1 must be a torch.Tensor", merge_attention, X, 0.0, X, X[..., 0]),
+    refused(TypeError, "o1 must be a dense floating tensor", merge_attention, X.long(), X[..., 0], X, X[..., 0]),
     refused(ValueError, r"lse2 must be \[2, 4, 5\]", merge_attention, X, X[..., 0], X, X[..., :1]),
     refused(ValueError, r"o2 must be \[2, 4, 5, 8\]", merge_attention, X, X[..., 0], X[:1], X[..., 0]),
 ]

@@ -5,9 +5,11 @@ import io
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 
 from testing import BF16, DEVICE, F16, F32, F64, INF, NAN, T, assert_close, double
 from triton_attention_layer import TritonMultiheadAttention
@@ -303,7 +305,8 @@ def test_layer_refuses_bad_options():
         (AssertionError, (10, 3), {}), (ValueError, (0, 1), {}), (ValueError, (8, 0), {}),
         (ValueError, (8, 2), {"dropout": 1.5}), (ValueError, (8, 2), {"dropout": -0.1}),
         (ValueError, (8, 4), {"num_kv_heads": 3}), (ValueError, (8, 4), {"num_kv_heads": 0}),
-        (ValueError, (8, 4), {"num_kv_heads": 4.0}),
+        (ValueError, (8, 4), {"num_kv_heads": 4.0}), (TypeError, (8, 2), {"dropout": None}),
+        (TypeError, (8, 2), {"dropout": "x"}),
     ):
         with pytest.raises(error):
             TritonMultiheadAttention(*args, **kwargs)
@@ -313,6 +316,26 @@ def test_layer_refuses_bad_options():
             mine(*args)
     with pytest.raises(TypeError, match="attn_mask must be a torch.Tensor"):
         mine(Q3, Q3, Q3, attn_mask=[True])
+    with pytest.raises(TypeError, match="got a CausalBias"):
+        mine(Q3, Q3, Q3, attn_mask=causal_lower_right(3, 3))
+    with pytest.raises(RuntimeError, match="key_padding_mask is on meta"):
+        mine(Q3, Q3, Q3, key_padding_mask=torch.zeros(2, 3, dtype=torch.bool, device="meta"))
+
+
+def test_layer_takes_the_numbers_of_numpy():
+    x = torch.randn(3, 2, 8, device=DEVICE)
+    layer = TritonMultiheadAttention(np.int64(8), np.int64(2), np.float32(0.5), num_kv_heads=np.int64(1), device=DEVICE)
+    assert layer(x, x, x)[0].shape == x.shape
+
+
+def test_weights_need_a_gradient_where_those_of_torch_do():
+    mine, theirs = (layer.requires_grad_(False) for layer in pair(8, 2))
+    for which in range(3):
+        inputs = [torch.randn(3, 2, 8, device=DEVICE, requires_grad=i == which) for i in range(3)]
+        ours, exact = mine(*inputs), theirs(*inputs)
+        assert [o.requires_grad for o in ours] == [o.requires_grad for o in exact]
+        grads = (torch.autograd.grad(out[0].square().sum(), inputs[which])[0] for out in (ours, exact))
+        assert torch.allclose(*grads, atol=1e-5)
 
 
 def test_layer_empty():

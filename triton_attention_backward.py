@@ -112,6 +112,8 @@ class Staged(torch.autograd.Function):
         ctx.mask_shape, ctx.mask_dtype = (None, None) if mask is None else (list(mask.shape), mask.dtype)
         ctx.save_for_backward(q, k, v, *output)
         ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[i] for i in (0, 1, 3)):  # V alone
+            ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx, do, dprobs):

@@ -434,11 +434,13 @@ def merge_attention(
         (o like o1, lse like lse1), computed in float32 (float64 for float64); differentiable.
 
     Raises:
-        TypeError: not a tensor. ValueError: shapes that do not belong together.
+        TypeError: not a dense floating tensor. ValueError: shapes that do not belong together.
     """
     for name, t in (("o1", o1), ("lse1", lse1), ("o2", o2), ("lse2", lse2)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if not t.is_floating_point() or t.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense floating tensor, got {t.dtype}, {t.layout}")
         shape = o1.shape if name == "o2" else o1.shape[:-1]
         if name != "o1" and t.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, as o1 is {list(o1.shape)}, got {tuple(t.shape)}")

@@ -104,6 +104,9 @@ def _walk_keys(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_tile(k_ptr, k_strides, (N, D), offs_n, offs_d, 0.0, MASKED, D != BLOCK_D)
         v = load_tile(v_ptr, v_strides, (N, DV), offs_n, offs_e, 0.0, MASKED, DV != BLOCK_DV)
+        if MASKED and not SUM and (LEFT or RIGHT or HAS_MASK or HAS_BIAS):
+            # NaN or inf in a hidden key, times its dS of 0, would be NaN; who sees the key has NaN in lse already
+            k = tl.where(tl.abs(k) < float("inf"), k, 0.0).to(k.dtype)
         zeros = tl.zeros([q.shape[0], BLOCK_N], acc.dtype)
         qk = dot(q, tl.trans(k), zeros, PRECISION)
         dp = dot(do, tl.trans(v), zeros, PRECISION)
@@ -118,8 +121,6 @@ def _walk_keys(
         if SUM:
             acc += tl.sum(ds_logits, 1)
         else:
-            if MASKED:  # 0 * NaN again; where the key is visible, the NaN is in dS already
-                k = tl.where(tl.abs(k) < float("inf"), k, 0.0).to(k.dtype)
             acc = dot(ds.to(k.dtype), k, acc, PRECISION)
     return acc
 

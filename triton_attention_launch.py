@@ -216,17 +216,17 @@ def architecture():
 
 @functools.lru_cache
 def _tuned(op, arch, bits, head_dim, causal):
-    """The table's row for the smallest head dim that holds ours, the widest one past the table's end. An op named
-    "op, variant" takes the row of "op" where there is none of the variant."""
-    names = (op, op.split(",")[0])
-    for where in (arch, "any"):
-        rows = [(k[3], k[0], t) for k, t in tuned.TILES.items()
-                if k[0] in names and k[1:3] == (where, bits) and k[4] in (causal, None)]
-        if rows:
-            dims = [d for d, *_ in rows]
-            best = min((d for d in dims if d >= head_dim), default=max(dims))
-            return max((name == op, i, t) for i, (d, name, t) in enumerate(rows) if d == best)[2]
-    raise KeyError(f"no tile for {op}, {bits} bits")
+    """The table's row for the smallest head dim that holds ours, the widest one past the table's end: of several, one
+    for this GPU before one for any. An op named "op, variant" takes the row of "op" where there is none of the variant.
+    """
+    names, found = (op, op.split(",")[0]), []
+    for i, ((name, where, row_bits, dim, row_causal), tile) in enumerate(tuned.TILES.items()):
+        if name in names and where in (arch, "any") and row_bits == bits and row_causal in (causal, None):
+            fit = -dim if dim >= head_dim else dim - (1 << 30)
+            found.append((fit, where == arch, name == op, i, tile))
+    if not found:
+        raise KeyError(f"no tile for {op}, {bits} bits")
+    return max(found)[-1]
 
 
 _forced = []
@@ -361,8 +361,8 @@ def check_softcap(softcap):
         return 0.0
     if isinstance(softcap, (bool, torch.Tensor)) or not isinstance(softcap, numbers.Real):
         raise TypeError(f"softcap must be a number or None, got {type(softcap).__name__}")
-    if not 0.0 <= softcap < float("inf"):
-        raise ValueError(f"softcap must be positive, or 0 or None for none, got {softcap}")
+    if not 0.0 <= softcap <= sys.float_info.max:
+        raise ValueError(f"softcap must be positive and finite, or 0 or None for none, got {softcap}")
     return float(softcap)
 
 
@@ -400,7 +400,7 @@ def check_blocks(**blocks):
 
 def check_dropout(dropout_p):
     """A probability in [0, 1], as a float."""
-    if isinstance(dropout_p, (bool, torch.Tensor)) or not isinstance(dropout_p, (int, float)):
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real):
         raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")

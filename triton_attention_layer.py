@@ -7,9 +7,12 @@
 No kernel here. Heads are views: a projection's [B, M, H * D] is read as [B, H, M, D] through its strides.
 """
 
+import numbers
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias
 
 from triton_attention_backward import Staged
 from triton_attention_fused import MAX_HEAD_DIM, attention_fused
@@ -90,6 +93,7 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
 
     Raises:
         ValueError: dropout outside [0, 1], or num_kv_heads that does not divide num_heads; and as the parent does.
+        TypeError: dropout is not a number.
     """
 
     num_kv_heads = None  # the class of an existing nn.MultiheadAttention may be set to this one
@@ -98,13 +102,18 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
         self, embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False,
         kdim=None, vdim=None, batch_first=False, device=None, dtype=None, *, num_kv_heads=None,
     ) -> None:
+        try:
+            dropout = float(dropout)
+        except (TypeError, ValueError):
+            raise TypeError(f"dropout must be a number, got {type(dropout).__name__}") from None
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if not isinstance(self.num_kv_heads, int) or self.num_kv_heads <= 0 or num_heads % self.num_kv_heads:
+        whole = isinstance(self.num_kv_heads, numbers.Integral) or num_kv_heads is None
+        if not whole or self.num_kv_heads <= 0 or num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads must be an int that divides num_heads = {num_heads}, got {num_kv_heads}")
         if self.num_kv_heads != num_heads:
             self._drop_kv_rows()
@@ -206,7 +215,9 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
         for name, t in (("query", query), ("key", key), ("value", value)):
             if t.device != weight.device:
                 raise RuntimeError(f"{name} is on {t.device}, the parameters are on {weight.device}")
-            if not t.is_floating_point() or (t.dtype != weight.dtype and not torch.is_autocast_enabled(t.device.type)):
+            if not t.is_floating_point():
+                raise RuntimeError(f"{name} must have a floating dtype, got {t.dtype}")
+            if t.dtype != weight.dtype and not torch.is_autocast_enabled(t.device.type):
                 raise RuntimeError(f"{name} must have the dtype of the parameters, {weight.dtype}, got {t.dtype}")
 
     def _project(self, query, key, value):
@@ -294,8 +305,12 @@ def _check_types(key_padding_mask, attn_mask, **inputs):
             continue
         if not isinstance(mask, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor or None, got {type(mask).__name__}")
+        if isinstance(mask, CausalBias):
+            raise TypeError(f"{name} must be a tensor of its own values, got a CausalBias: attention_fused takes one")
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
+        if mask.device != inputs["query"].device:
+            raise RuntimeError(f"{name} is on {mask.device}, query is on {inputs['query'].device}")
 
 
 def _check_mask_dtype(mask, query):

@@ -1,7 +1,7 @@
 """The tuned tiles, data only: which BLOCK_M x BLOCK_N, warps and pipeline stages a kernel starts from.
 
 A row is (kernel, architecture, bits of the dtype, head dim up to, causal or None for both). "any" serves every GPU
-without rows of its own and fits the smallest shared memory (64 KiB). The figures are for [4, 16, 4096, D] bfloat16 or
+without a row of its own and fits the smallest shared memory (64 KiB). The figures are for [4, 16, 4096, D] bfloat16 or
 float32 on an NVIDIA H200 (device copy 4250 GB/s), in ms.
 """
 
@@ -43,6 +43,7 @@ TILES = {
     ("fused", "sm_90", 16, 256, None): Tile(128, 32, 256, 8, 2, registers=255),
     ("fused, masked", "sm_90", 16, 256, None): Tile(64, 16, 256, 8, 1, registers=255),
     ("fused dq", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.68
+    ("fused dq", "sm_90", 16, 64, True): Tile(64, 64, 64, 4, 3, registers=168),  # 0.43
     ("fused dq, masked", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
     ("fused dq", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),  # 1.34
     ("fused dq, masked", "sm_90", 16, 128, None): Tile(128, 32, 128, 8, 2, registers=255),
@@ -52,6 +53,10 @@ TILES = {
     ("fused dkdv", "sm_90", 16, 128, None): Tile(32, 64, 128, 4, 3, registers=255),  # 2.09
     ("fused dkdv, masked", "sm_90", 16, 128, None): Tile(32, 64, 128, 8, 2, registers=255),
     ("fused dkdv", "sm_90", 16, 256, None): Tile(32, 32, 256, 8, 1, registers=255),
+    ("fused", "sm_90", 32, 64, None): Tile(128, 32, 64, 8, 1, registers=255),
+    ("fused dq", "sm_90", 32, 64, None): Tile(128, 32, 64, 8, 1, registers=255),
+    ("fused dkdv", "sm_90", 32, 64, None): Tile(32, 128, 64, 8, 1, registers=255),
+    ("fused dkdv, masked", "sm_90", 32, 64, None): Tile(16, 16, 64, 8, 1, registers=255),
     ("fused", "any", 16, 64, None): Tile(64, 32, 64, 4, 2, registers=255),
     ("fused", "any", 16, 128, None): Tile(64, 32, 128, 4, 2, registers=255),
     ("fused, masked", "any", 16, 128, None): Tile(64, 16, 128, 4, 2, registers=255),
@@ -67,7 +72,7 @@ TILES = {
     ("fused few", "any", 64, 64, None): Tile(16, 16, 64, 4, 1, registers=255),
     ("fused dq", "any", 16, 64, None): Tile(64, 32, 64, 8, 1, registers=255),
     ("fused dq", "any", 16, 256, None): Tile(32, 32, 256, 8, 1, registers=255),
-    ("fused dq", "any", 32, 64, None): Tile(16, 16, 64, 8, 1, registers=255),
+    ("fused dq", "any", 32, 64, None): Tile(16, 32, 64, 8, 1, registers=255),
     ("fused dq", "any", 32, 256, None): Tile(16, 16, 256, 8, 1, registers=255),
     ("fused dq", "any", 64, 64, None): Tile(16, 16, 64, 8, 1, registers=255),
     ("fused dkdv", "any", 16, 64, None): Tile(32, 64, 64, 8, 1, registers=255),
@@ -75,10 +80,11 @@ TILES = {
     ("fused dkdv", "any", 32, 256, None): Tile(16, 16, 256, 8, 1, registers=255),
     ("fused dkdv", "any", 64, 64, None): Tile(16, 16, 64, 8, 1, registers=255),
     ("fused dbias", "any", 16, 256, None): Tile(16, 32, 256, 8, 1, registers=255),
-    ("fused dbias", "any", 32, 64, None): Tile(16, 64, 64, 4, 1, registers=255),
+    ("fused dbias", "any", 32, 64, None): Tile(16, 32, 64, 8, 1, registers=255),
     ("fused dbias", "any", 32, 256, None): Tile(16, 16, 256, 4, 1, registers=255),
     ("fused dbias", "any", 64, 64, None): Tile(16, 16, 64, 8, 1, registers=255),
-    ("fused dq", "sm_120", 32, 256, None): Tile(16, 16, 256, 16, 2, registers=255),
+    ("fused dbias", "sm_90", 32, 64, None): Tile(16, 32, 64, 4, 1, registers=255),
+    ("fused dbias", "sm_120", 32, 64, None): Tile(16, 64, 64, 4, 1, registers=255),
     ("fused dq", "gfx942", 16, 64, None): Tile(64, 32, 64, 8, 1),
     ("fused dq", "gfx942", 16, 256, None): Tile(32, 32, 256, 4, 1),
     ("fused dkdv", "gfx942", 16, 64, None): Tile(32, 64, 64, 8, 1),
