@@ -365,13 +365,12 @@ def fused_backward_op(
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     width, variant = max(constants["D"], constants["DV"]), "" if mask is None else ", masked"
     tile = tile_for(f"fused dq{variant}", q.dtype, width, right is not None)
-    precision = dot_precision(q.dtype, "tf32x3" if width > 64 else "bf16x6")  # Q and dO stay in registers
     launch(
         _dq_kernel, B * H * triton.cdiv(M, tile.BLOCK_M),
         do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(), mask, *mask_strides,
         lse, stats, None if dlse is None else dlse.contiguous(), record, dq, *dq.stride(),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
-        **constants | {"PRECISION": precision}, HAS_SINKS=has_sinks, HAS_DLSE=dlse is not None,
+        **constants, HAS_SINKS=has_sinks, HAS_DLSE=dlse is not None,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile),
     )
     tile = tile_for(f"fused dkdv{variant}", q.dtype, width, right is not None)

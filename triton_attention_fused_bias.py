@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from triton_attention_fused_backward import dscores, fused_arguments, load_record, probs
-from triton_attention_launch import compile_options, define_op, dot_precision, launch, tile_for
+from triton_attention_launch import compile_options, define_op, launch, tile_for
 from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
 
 
@@ -100,9 +100,7 @@ def fused_bias_gradient_op(
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     for flag in ("HAS_MASK", "HAS_BIAS"):
         del constants[flag]
-    width = max(constants["D"], constants["DV"])
-    constants["PRECISION"] = dot_precision(q.dtype, "tf32x3" if width > 64 else "bf16x6")  # Q and dO stay in registers
-    tile = tile_for("fused dbias", q.dtype, width, False)
+    tile = tile_for("fused dbias", q.dtype, max(constants["D"], constants["DV"]), False)
     sums = [size == 1 for size in shape]
     launch(
         _dbias_kernel, shape[0] * shape[1] * triton.cdiv(shape[2], tile.BLOCK_M) * triton.cdiv(shape[3], tile.BLOCK_N),
