@@ -456,6 +456,6 @@ def merge_attention(
 
 if __name__ == "__main__":
     q, k, v = (torch.randn(2, 3, n, 24, device=DEVICE) for n in (37, 53, 53))
-    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    error = (attention_fused(q, k, v, is_causal=True) - exact).abs().max().item()
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    error = (attention_fused(q, k, v, is_causal=True) - expected).abs().max().item()
     print(f"fused {tuple(q.shape)} x {tuple(k.shape)} on {DEVICE}: max |error| {error:.1e}")

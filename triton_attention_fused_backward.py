@@ -105,7 +105,7 @@ def _walk_keys(
         k = load_tile(k_ptr, k_strides, (N, D), offs_n, offs_d, 0.0, MASKED, D != BLOCK_D)
         v = load_tile(v_ptr, v_strides, (N, DV), offs_n, offs_e, 0.0, MASKED, DV != BLOCK_DV)
         if MASKED and not SUM and (LEFT or RIGHT or HAS_MASK or HAS_BIAS):
-            # NaN or inf in a hidden key, times its dS of 0, would be NaN; who sees the key has NaN in lse already
+            # NaN or inf in a hidden key, times its dS of 0, would be NaN. (Who sees a NaN has it in lse already.)
             k = tl.where(tl.abs(k) < float("inf"), k, 0.0).to(k.dtype)
         zeros = tl.zeros([q.shape[0], BLOCK_N], acc.dtype)
         qk = dot(q, tl.trans(k), zeros, PRECISION)
