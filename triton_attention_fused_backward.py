@@ -370,8 +370,9 @@ def fused_backward_op(
         do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(), mask, *mask_strides,
         lse, stats, None if dlse is None else dlse.contiguous(), record, dq, *dq.stride(),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
-        **constants, HAS_SINKS=has_sinks, HAS_DLSE=dlse is not None,
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile),
+        **constants | {"PRECISION": dot_precision(q.dtype, "ieee")},  # Q and dO stay in registers
+        HAS_SINKS=has_sinks, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        **compile_options(tile),
     )
     tile = tile_for(f"fused dkdv{variant}", q.dtype, width, right is not None)
     launch(
