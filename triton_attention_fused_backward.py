@@ -337,7 +337,7 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
         "D": D, "DV": DV, "SIGN": sign, "LEFT": left is not None, "RIGHT": right is not None, "HAS_MASK": has_mask,
         "HAS_BIAS": has_bias, "SOFTCAP": softcap, "SCALED": exact(q.dtype) or has_bias or softcap > 0.0,
         "DROPOUT": dropout_p > 0.0, "EXACT": exact(q.dtype),
-        "PRECISION": dot_precision(q.dtype, "ieee"),  # the same in every pass: P would not sum to 1 by another
+        "PRECISION": dot_precision(q.dtype),
         "BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
     }
     return q, v, mask, strides, scalars, constants
@@ -370,7 +370,8 @@ def fused_backward_op(
         do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(), mask, *mask_strides,
         lse, stats, None if dlse is None else dlse.contiguous(), record, dq, *dq.stride(),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
-        **constants, HAS_SINKS=has_sinks, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        **constants | {"PRECISION": dot_precision(q.dtype, "ieee")},  # Q and dO stay in registers
+        HAS_SINKS=has_sinks, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         **compile_options(tile),
     )
     tile = tile_for(f"fused dkdv{variant}", q.dtype, width, right is not None)

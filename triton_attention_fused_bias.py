@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from triton_attention_fused_backward import dscores, fused_arguments, load_record, probs
-from triton_attention_launch import compile_options, define_op, launch, tile_for
+from triton_attention_launch import compile_options, define_op, dot_precision, launch, tile_for
 from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
 
 
@@ -100,6 +100,7 @@ def fused_bias_gradient_op(
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     for flag in ("HAS_MASK", "HAS_BIAS"):
         del constants[flag]
+    constants["PRECISION"] = dot_precision(q.dtype, "ieee")  # Q and dO stay in registers
     tile = tile_for("fused dbias", q.dtype, max(constants["D"], constants["DV"]), False)
     sums = [size == 1 for size in shape]
     launch(

@@ -269,8 +269,8 @@ def dot_precision(dtype, exact="bf16x6"):
     """How a kernel multiplies float32: in TF32 if torch.get_float32_matmul_precision() allows it, else in full.
 
     In full, on NVIDIA GPUs, is a sum of six products of bfloat16, three of which make up a float32. `exact` may choose
-    "ieee" instead, without tensor cores: for the fused kernels, where six products need more registers than there are.
-    (Three products of TF32 lose two bits, which is past the error that the tests allow.)
+    "ieee" instead, without tensor cores: slower, and half the registers for an operand that stays in them. (Three
+    products of TF32 lose two bits, which is past the error that the tests allow.)
     """
     if dtype != torch.float32 or INTERPRETED or not architecture().startswith("sm_"):
         return "ieee"
