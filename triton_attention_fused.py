@@ -31,14 +31,14 @@ from triton_attention_launch import (
     compile_options, define_op, differentiate, fold, launch, tile_for, unfold,
 )
 from triton_attention_logits import exponential, key_range, load_pair, logits, steps, store_pair
-from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
+from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, rows_dot, split_program, store_tile
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
 
 
 @triton.jit
 def _walk(
-    acc, m_i, l_i, q, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
+    acc, m_i, l_i, q, q_at, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
     bounds, M, N, left, right, scale, dropout_p,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
@@ -51,8 +51,9 @@ def _walk(
     for at in range(first, last, BLOCK_N):
         start_n = at + tl.where(at < bounds[1], 0, gap) if MASKED else at
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k_t = load_tile(k_ptr, (k_strides[1], k_strides[0]), (D, N), offs_d, offs_n, 0.0, D != BLOCK_D, MASKED)
-        qk = dot(q, k_t, tl.zeros([q.shape[0], BLOCK_N], acc.dtype), PRECISION)
+        k = load_tile(k_ptr, k_strides, (N, D), offs_n, offs_d, 0.0, MASKED, D != BLOCK_D)
+        zeros = tl.zeros([q.shape[0], BLOCK_N], acc.dtype)
+        qk = rows_dot(q, q_at, k, (k_ptr, k_strides[0], k_strides[1], N, offs_n), zeros, D, PRECISION)
         x, _ = logits(
             qk, offs_m[:, None], offs_n[None, :], M, N, left, right, mask_ptr, mask_strides, scale,
             MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
@@ -137,6 +138,7 @@ def _fwd_kernel(
     q = load_tile(q_ptr, (stride_qm, stride_qd), (M, D), offs_m, offs_d)
     if SIGN != 1:  # the maximum is taken before the scale, so the scale must not be negative
         q = (q * SIGN).to(q.dtype)
+    q_at = (q_ptr, stride_qm, stride_qd, M, offs_m)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
     m_i = tl.full([BLOCK_M], float("-inf"), ACC)
     l_i = tl.zeros([BLOCK_M], ACC)
@@ -150,8 +152,8 @@ def _fwd_kernel(
     bounds = key_range(start_m, first_n, last_n, left, right, LEFT, RIGHT, TENSOR, BLOCK_M, BLOCK_N)
     for masked in tl.static_range(1 if TENSOR else 0, 2):
         acc, m_i, l_i = _walk(
-            acc, m_i, l_i, q, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
-            bounds, M, N, left, right, scale, dropout_p,
+            acc, m_i, l_i, q, q_at, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed,
+            off_b, off_h, offs_m, bounds, M, N, left, right, scale, dropout_p,
             D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PRECISION,
             BLOCK_N, BLOCK_D, BLOCK_DV,
         )

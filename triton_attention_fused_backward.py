@@ -20,7 +20,7 @@ import triton.language as tl
 
 from triton_attention_launch import INTERPRETED, compile_options, define_op, dot_precision, launch, tile_for
 from triton_attention_logits import exponential, key_range, load_pair, logits, query_range, steps, store_pair
-from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
+from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, rows_dot, split_program, store_tile
 
 
 @triton.jit
@@ -89,8 +89,8 @@ def dscores(
 
 @triton.jit
 def _walk_keys(
-    acc, q, do, rows, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m, bounds,
-    M, N, left, right, scale, dropout_p, keep_factor, SUM: tl.constexpr,
+    acc, q, q_at, do, do_at, rows, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed,
+    off_b, off_h, offs_m, bounds, M, N, left, right, scale, dropout_p, keep_factor, SUM: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -108,8 +108,8 @@ def _walk_keys(
             # NaN or inf in a hidden key, times its dS of 0, would be NaN. (Who sees a NaN has it in lse already.)
             k = tl.where(tl.abs(k) < float("inf"), k, 0.0).to(k.dtype)
         zeros = tl.zeros([q.shape[0], BLOCK_N], acc.dtype)
-        qk = dot(q, tl.trans(k), zeros, PRECISION)
-        dp = dot(do, tl.trans(v), zeros, PRECISION)
+        qk = rows_dot(q, q_at, k, (k_ptr, k_strides[0], k_strides[1], N, offs_n), zeros, D, PRECISION)
+        dp = rows_dot(do, do_at, v, (v_ptr, v_strides[0], v_strides[1], N, offs_n), zeros, DV, PRECISION)
         p, tanh = probs(
             qk, rows[0], rows[1], offs_m, start_n, M, N, left, right, mask_ptr, mask_strides, scale,
             0, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, EXACT, BLOCK_N,
@@ -165,6 +165,9 @@ def _dq_kernel(
     if SIGN != 1:
         q = (q * SIGN).to(q.dtype)
     do = load_tile(do_ptr, (stride_gm, stride_gd), (M, DV), offs_m, offs_e)
+    q_at = (q_ptr, stride_qm, stride_qd, M, offs_m)
+    do_at = (do_ptr, stride_gm, stride_gd, M, offs_m)
+    k_strides, v_strides = (stride_kn, stride_kd), (stride_vn, stride_vd)
     o = load_tile(o_ptr, (stride_om, stride_od), (M, DV), offs_m, offs_e)
     top, inverse = _normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT)
     TENSOR: tl.constexpr = HAS_MASK or HAS_BIAS
@@ -178,7 +181,7 @@ def _dq_kernel(
         more = rest
         for masked in tl.static_range(1 if TENSOR else 0, 2):
             more = _walk_keys(
-                more, q, do, (top, inverse, delta, rest), k_ptr, (stride_kn, stride_kd), v_ptr, (stride_vn, stride_vd),
+                more, q, q_at, do, do_at, (top, inverse, delta, rest), k_ptr, k_strides, v_ptr, v_strides,
                 mask_ptr, (stride_am, stride_an), seed, off_b, off_h, offs_m, bounds,
                 M, N, left, right, scale, dropout_p, keep_factor, True,
                 D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
@@ -194,7 +197,7 @@ def _dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     for masked in tl.static_range(1 if TENSOR else 0, 2):
         dq = _walk_keys(
-            dq, q, do, (top, inverse, delta, rest), k_ptr, (stride_kn, stride_kd), v_ptr, (stride_vn, stride_vd),
+            dq, q, q_at, do, do_at, (top, inverse, delta, rest), k_ptr, k_strides, v_ptr, v_strides,
             mask_ptr, (stride_am, stride_an), seed, off_b, off_h, offs_m, bounds,
             M, N, left, right, scale, dropout_p, keep_factor, False,
             D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
@@ -205,7 +208,7 @@ def _dq_kernel(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, k, v, do_ptr, do_strides, q_ptr, q_strides, mask_ptr, mask_strides, record_ptr,
+    dk, dv, k, k_at, v, v_at, do_ptr, do_strides, q_ptr, q_strides, mask_ptr, mask_strides, record_ptr,
     seed, off_b, first_h, start_n, bounds, H, M, N, left, right, scale, dropout_p, keep_factor,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
@@ -225,21 +228,19 @@ def _walk_queries(
         if MASKED:
             start_m += tl.where(start_m < bounds[1], 0, gap)
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = load_tile(
-            head_ptr(q_ptr, q_strides[0], q_strides[1], off_b, off_h), (q_strides[2], q_strides[3]), (M, D),
-            offs_m, offs_d, 0.0, MASKED, D != BLOCK_D,
-        )
-        do = load_tile(
-            head_ptr(do_ptr, do_strides[0], do_strides[1], off_b, off_h), (do_strides[2], do_strides[3]), (M, DV),
-            offs_m, offs_e, 0.0, MASKED, DV != BLOCK_DV,
-        )
+        q_head = head_ptr(q_ptr, q_strides[0], q_strides[1], off_b, off_h)
+        q = load_tile(q_head, (q_strides[2], q_strides[3]), (M, D), offs_m, offs_d, 0.0, MASKED, D != BLOCK_D)
+        q_at = (q_head, q_strides[2], q_strides[3], M, offs_m)
+        do_head = head_ptr(do_ptr, do_strides[0], do_strides[1], off_b, off_h)
+        do = load_tile(do_head, (do_strides[2], do_strides[3]), (M, DV), offs_m, offs_e, 0.0, MASKED, DV != BLOCK_DV)
+        do_at = (do_head, do_strides[2], do_strides[3], M, offs_m)
         row = (off_b.to(tl.int64) * H + off_h) * M
         top, inverse, delta, rest = load_record(record_ptr, row, offs_m, M)
         mask_head = mask_ptr
         if HAS_MASK or HAS_BIAS:
             mask_head = head_ptr(mask_ptr, mask_strides[0], mask_strides[1], off_b, off_h)
         zeros = tl.zeros([BLOCK_N, BLOCK_M], dk.dtype)
-        qk_t = dot(k, tl.trans(q), zeros, PRECISION)
+        qk_t = rows_dot(k, k_at, q, q_at, zeros, D, PRECISION)
         p_t, tanh = probs(
             qk_t, top, inverse, offs_m, start_n, M, N, left, right, mask_head, (mask_strides[2], mask_strides[3]),
             scale, 1, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, EXACT, BLOCK_N,
@@ -249,7 +250,7 @@ def _walk_queries(
             keep = tl.trans(keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N).to(tl.int32)) > 0
             kept = tl.where(keep, p_t * keep_factor, 0.0)
         dv = dot(kept.to(do.dtype), do, dv, PRECISION)  # before dP: frees the registers that hold P as an operand
-        dp_t = dot(v, tl.trans(do), zeros, PRECISION)
+        dp_t = rows_dot(v, v_at, do, do_at, zeros, DV, PRECISION)
         if DROPOUT:
             dp_t = tl.where(keep, dp_t * keep_factor, 0.0)
         _, ds_t = dscores(p_t, dp_t, tanh, delta, rest, 1, MASKED, SOFTCAP, EXACT)
@@ -298,7 +299,8 @@ def _dkdv_kernel(
     bounds = query_range(start_n, M, left, right, LEFT, RIGHT, TENSOR, BLOCK_M, BLOCK_N)
     for masked in tl.static_range(1 if TENSOR else 0, 2):
         dk, dv = _walk_queries(
-            dk, dv, k, v, do_ptr, (stride_gb, stride_gh, stride_gm, stride_gd),
+            dk, dv, k, (k_ptr, stride_kn, stride_kd, N, offs_n), v, (v_ptr, stride_vn, stride_vd, N, offs_n),
+            do_ptr, (stride_gb, stride_gh, stride_gm, stride_gd),
             q_ptr, (stride_qb, stride_qh, stride_qm, stride_qd), mask_ptr, (stride_ab, stride_ah, stride_am, stride_an),
             record_ptr, seed, off_b, off_hk * GROUP, start_n, bounds,
             H, M, N, left, right, scale, dropout_p, keep_factor,
@@ -326,16 +328,17 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
         if mask is not None and mask.dtype == torch.bool:  # Triton 3.6 fails to build a product that depends on bytes
             once = mask[tuple(slice(None) if stride else slice(1) for stride in mask.stride())]
             mask = q.new_zeros(once.shape).masked_fill(~once, -torch.inf).expand(mask.shape)
-    sign = (scale > 0) - (scale < 0)
     strides = (0, 0, 0, 0) if mask is None else mask.stride()
     has_mask = mask is not None and mask.dtype == torch.bool
     has_bias = mask is not None and not has_mask
+    scaled = exact(q.dtype) or has_bias or softcap > 0.0
+    sign = 1 if scaled else (scale > 0) - (scale < 0)
     mask = mask.view(torch.uint8) if has_mask else mask
     scalars = (scale * sign if sign else 1.0, dropout_p, keep_factor)
     D, DV = int(q.shape[3]), int(v.shape[3])
     constants = {
         "D": D, "DV": DV, "SIGN": sign, "LEFT": left is not None, "RIGHT": right is not None, "HAS_MASK": has_mask,
-        "HAS_BIAS": has_bias, "SOFTCAP": softcap, "SCALED": exact(q.dtype) or has_bias or softcap > 0.0,
+        "HAS_BIAS": has_bias, "SOFTCAP": softcap, "SCALED": scaled,
         "DROPOUT": dropout_p > 0.0, "EXACT": exact(q.dtype),
         "PRECISION": dot_precision(q.dtype),
         "BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
@@ -370,8 +373,7 @@ def fused_backward_op(
         do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(), mask, *mask_strides,
         lse, stats, None if dlse is None else dlse.contiguous(), record, dq, *dq.stride(),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
-        **constants | {"PRECISION": dot_precision(q.dtype, "ieee")},  # Q and dO stay in registers
-        HAS_SINKS=has_sinks, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        **constants, HAS_SINKS=has_sinks, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         **compile_options(tile),
     )
     tile = tile_for(f"fused dkdv{variant}", q.dtype, width, right is not None)

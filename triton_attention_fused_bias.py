@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from triton_attention_fused_backward import dscores, fused_arguments, load_record, probs
-from triton_attention_launch import compile_options, define_op, dot_precision, launch, tile_for
-from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, split_program, store_tile
+from triton_attention_launch import compile_options, define_op, launch, tile_for
+from triton_attention_tiles import head_ptr, keep_mask, load_tile, rows_dot, split_program, store_tile
 
 
 @triton.jit(do_not_specialize=["B", "H", "GROUP", "M", "N", "left", "right", "GH", "GM", "GN"])
@@ -56,18 +56,21 @@ def _dbias_kernel(
                 if SIGN != 1:
                     q = (q * SIGN).to(q.dtype)
                 do = load_tile(do_head, (stride_gm, stride_gd), (M, DV), offs_m, offs_e)
+                q_at = (q_head, stride_qm, stride_qd, M, offs_m)
+                do_at = (do_head, stride_gm, stride_gd, M, offs_m)
                 top, inverse, delta, rest = load_record(record_ptr, row, offs_m, M)
                 for n in range(start_n, N if SUM_N else start_n + 1, BLOCK_N):
                     offs_n = n + tl.arange(0, BLOCK_N)
                     k = load_tile(k_head, (stride_kn, stride_kd), (N, D), offs_n, offs_d)
                     v = load_tile(v_head, (stride_vn, stride_vd), (N, DV), offs_n, offs_e)
                     zeros = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+                    qk = rows_dot(q, q_at, k, (k_head, stride_kn, stride_kd, N, offs_n), zeros, D, PRECISION)
                     p, tanh = probs(
-                        dot(q, tl.trans(k), zeros, PRECISION), top, inverse, offs_m, n, M, N, left, right,
+                        qk, top, inverse, offs_m, n, M, N, left, right,
                         mask_head, (stride_am, stride_an), scale,
                         0, True, LEFT, RIGHT, False, True, SOFTCAP, SCALED, EXACT, BLOCK_N,
                     )
-                    dp = dot(do, tl.trans(v), zeros, PRECISION)
+                    dp = rows_dot(do, do_at, v, (v_head, stride_vn, stride_vd, N, offs_n), zeros, DV, PRECISION)
                     if DROPOUT:
                         keep = keep_mask(seed, off_b, off_h, offs_m, n, dropout_p, BLOCK_N)
                         dp = tl.where(keep, dp * keep_factor, 0.0)
@@ -100,7 +103,6 @@ def fused_bias_gradient_op(
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     for flag in ("HAS_MASK", "HAS_BIAS"):
         del constants[flag]
-    constants["PRECISION"] = dot_precision(q.dtype, "ieee")  # Q and dO stay in registers
     tile = tile_for("fused dbias", q.dtype, max(constants["D"], constants["DV"]), False)
     sums = [size == 1 for size in shape]
     launch(

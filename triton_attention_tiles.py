@@ -41,6 +41,26 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def rows_dot(a, a_at, b, b_at, acc, D: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a @ b^T of tiles of rows; a_at and b_at, (ptr, stride of a row, of a column, rows of the matrix, offsets of
+    these rows), say where they came from.
+
+    A tile that stays in registers would fill them with its parts for the six products of bfloat16. So for those both
+    tiles are loaded again, a slice of the head dim at a time.
+    """
+    if PRECISION == "bf16x6":
+        SLICE: tl.constexpr = 16  # what a tensor core takes at once
+        for start_d in range(0, a.shape[1], SLICE):
+            offs_d = start_d + tl.arange(0, SLICE)
+            a_slice = load_tile(a_at[0], (a_at[1], a_at[2]), (a_at[3], D), a_at[4], offs_d)
+            b_slice = load_tile(b_at[0], (b_at[1], b_at[2]), (b_at[3], D), b_at[4], offs_d)
+            acc = dot(a_slice, tl.trans(b_slice), acc, PRECISION)
+        return acc
+    else:
+        return dot(a, tl.trans(b), acc, PRECISION)
+
+
+@triton.jit
 def head_ptr(ptr, stride_b, stride_h, off_b, off_h):
     """First element of one head of a [B, H, rows, cols] tensor."""
     return ptr + off_b.to(tl.int64) * stride_b + off_h.to(tl.int64) * stride_h
