@@ -31,7 +31,9 @@ from triton_attention_launch import (
     compile_options, define_op, differentiate, fold, launch, tile_for, unfold,
 )
 from triton_attention_logits import exponential, key_range, load_pair, logits, steps, store_pair
-from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, rows_dot, split_program, store_tile
+from triton_attention_tiles import (
+    dot, head_ptr, inverse_sum, keep_mask, load_tile, rows_dot, split_program, store_tile,
+)
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
 
@@ -158,7 +160,9 @@ def _fwd_kernel(
             BLOCK_N, BLOCK_D, BLOCK_DV,
         )
 
-    factor = keep_factor / tl.where((l_i == 0.0) | SPLIT, 1.0, l_i)  # parts are divided when they are merged
+    factor = tl.zeros([BLOCK_M], ACC) + keep_factor
+    if not SPLIT:  # parts are divided when they are merged
+        factor *= inverse_sum(l_i)
     store_tile(o_ptr, (stride_om, stride_od), (M, DV), offs_m, offs_e, acc * factor[:, None])
     if not SPLIT:
         tl.store(lse_ptr + row + offs_m, m_i + tl.log(l_i), mask=offs_m < M)
@@ -195,7 +199,7 @@ def _merge_kernel(
     alpha = tl.exp(m_s - tl.where(m == float("-inf"), 0.0, m))
     l = tl.sum(alpha * l_s, 0)  # noqa: E741
     parts = load_tile(part_ptr + row * DV, (rows * DV, 1), (splits, DV), offs_s, offs_e)
-    o = tl.sum(tl.where(alpha[:, None] == 0.0, 0.0, alpha[:, None] * parts), 0) / tl.where(l == 0.0, 1.0, l)
+    o = tl.sum(tl.where(alpha[:, None] == 0.0, 0.0, alpha[:, None] * parts), 0) * inverse_sum(l)
     o_ptr += row // (H * M) * stride_ob + row // M % H * stride_oh + row % M * stride_om
     tl.store(o_ptr + offs_e * stride_od, o.to(o_ptr.dtype.element_ty), mask=offs_e < DV)
     tl.store(lse_ptr + row, m + tl.log(l))

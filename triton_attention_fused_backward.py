@@ -20,7 +20,9 @@ import triton.language as tl
 
 from triton_attention_launch import INTERPRETED, compile_options, define_op, dot_precision, launch, tile_for
 from triton_attention_logits import exponential, key_range, load_pair, logits, query_range, steps, store_pair
-from triton_attention_tiles import dot, head_ptr, keep_mask, load_tile, rows_dot, split_program, store_tile
+from triton_attention_tiles import (
+    dot, head_ptr, inverse_sum, keep_mask, load_tile, rows_dot, split_program, store_tile,
+)
 
 
 @triton.jit
@@ -28,7 +30,7 @@ def _normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT: tl.constexpr):
     """(top, inverse), with which P = e^(logits - top) * inverse; a query that sees nothing, all -inf, has top 0."""
     if EXACT:
         top, l_i = load_pair(stats_ptr, row + offs_m, offs_m < M, float("-inf"))
-        inverse = 1.0 / tl.where(l_i == 0.0, 1.0, l_i)
+        inverse = inverse_sum(l_i)
     else:
         top = tl.load(lse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
         inverse = top
@@ -207,18 +209,6 @@ def _dq_kernel(
 
 
 @triton.jit
-def _transposed_dot(a, a_at, b, b_at, zeros, D: tl.constexpr, PRECISION: tl.constexpr):
-    """a @ b^T, equal bit for bit to the transpose of rows_dot(b, ..., a, ...): else P would not sum to 1.
-
-    One product does not care which side a number comes from. Six do: they are not added in the same order.
-    """
-    if PRECISION == "bf16x6":
-        return tl.trans(rows_dot(b, b_at, a, a_at, tl.trans(zeros), D, PRECISION))
-    else:
-        return rows_dot(a, a_at, b, b_at, zeros, D, PRECISION)
-
-
-@triton.jit
 def _walk_queries(
     dk, dv, k, k_at, v, v_at, do_ptr, do_strides, q_ptr, q_strides, mask_ptr, mask_strides, record_ptr,
     seed, off_b, first_h, start_n, bounds, H, M, N, left, right, scale, dropout_p, keep_factor,
@@ -252,7 +242,7 @@ def _walk_queries(
         if HAS_MASK or HAS_BIAS:
             mask_head = head_ptr(mask_ptr, mask_strides[0], mask_strides[1], off_b, off_h)
         zeros = tl.zeros([BLOCK_N, BLOCK_M], dk.dtype)
-        qk_t = _transposed_dot(k, k_at, q, q_at, zeros, D, PRECISION)
+        qk_t = rows_dot(k, k_at, q, q_at, zeros, D, PRECISION)
         p_t, tanh = probs(
             qk_t, top, inverse, offs_m, start_n, M, N, left, right, mask_head, (mask_strides[2], mask_strides[3]),
             scale, 1, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, EXACT, BLOCK_N,
@@ -262,7 +252,7 @@ def _walk_queries(
             keep = tl.trans(keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N).to(tl.int32)) > 0
             kept = tl.where(keep, p_t * keep_factor, 0.0)
         dv = dot(kept.to(do.dtype), do, dv, PRECISION)  # before dP: frees the registers that hold P as an operand
-        dp_t = _transposed_dot(v, v_at, do, do_at, zeros, DV, PRECISION)
+        dp_t = rows_dot(v, v_at, do, do_at, zeros, DV, PRECISION)
         if DROPOUT:
             dp_t = tl.where(keep, dp_t * keep_factor, 0.0)
         _, ds_t = dscores(p_t, dp_t, tanh, delta, rest, 1, MASKED, SOFTCAP, EXACT)

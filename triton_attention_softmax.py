@@ -18,7 +18,7 @@ from triton_attention_launch import (
     DEVICE, INTERPRETED, check_blocks, check_dropout, check_mask, check_tensors,
     define_op, differentiate, fold, launch, unfold,
 )
-from triton_attention_tiles import head_ptr, load_tile, load_visible, split_program, store_tile, visible
+from triton_attention_tiles import head_ptr, inverse_sum, load_tile, load_visible, split_program, store_tile, visible
 
 ONE_PASS = 16384  # keys of a row that fit the registers of a program; half as many in float64
 
@@ -63,8 +63,7 @@ def _whole_rows(
         s_ptr, s_strides, mask_ptr, mask_strides, M, N, offs_m, offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS
     )
     p = tl.exp(s - _finite(tl.max(s, 1))[:, None])
-    l_i = tl.sum(p, 1)
-    p *= (1.0 / tl.where(l_i == 0.0, 1.0, l_i))[:, None]
+    p *= inverse_sum(tl.sum(p, 1))[:, None]
     store_tile(p_ptr, p_strides, (M, N), offs_m, offs_n, p)
     return p
 
@@ -108,7 +107,7 @@ def _softmax_kernel(
             m_new = tl.maximum(m_i, tl.max(s, 1))
             l_i = l_i * tl.exp(m_i - _finite(m_new)) + tl.sum(tl.exp(s - _finite(m_new)[:, None]), 1)
             m_i = m_new
-        m_i, l_i = _finite(m_i), 1.0 / tl.where(l_i == 0.0, 1.0, l_i)
+        m_i, l_i = _finite(m_i), inverse_sum(l_i)
         for start_n in range(0, N, BLOCK_N):
             s = _logits(
                 s_ptr, s_strides, mask_ptr, mask_strides, M, N, offs_m, start_n + offs_n, diagonal,
