@@ -56,13 +56,13 @@ def _walk(
         k = load_tile(k_ptr, k_strides, (N, D), offs_n, offs_d, 0.0, MASKED, D != BLOCK_D)
         zeros = tl.zeros([q.shape[0], BLOCK_N], acc.dtype)
         qk = rows_dot(q, q_at, k, (k_ptr, k_strides[0], k_strides[1], N, offs_n), zeros, D, PRECISION)
-        x, _ = logits(
+        x, raw = logits(
             qk, offs_m[:, None], offs_n[None, :], M, N, left, right, mask_ptr, mask_strides, scale,
             MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
         )
         m_new = tl.maximum(m_i, tl.max(x, 1) * (1.0 if SCALED else scale))
         finite = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-        p = exponential(x, finite[:, None], scale, SCALED)
+        p = exponential(x, raw, finite[:, None], scale, MASKED, HAS_BIAS, SOFTCAP, SCALED)
         alpha = tl.exp(m_i - finite)
         l_i = l_i * alpha + tl.sum(p, 1)
         if DROPOUT:
@@ -88,11 +88,12 @@ def _walk_one_by_one(
     for n in range(begin, end):
         offs_n = n + tl.arange(0, 1)
         k = load_tile(k_ptr, k_strides, (N, D), offs_n, offs_d).to(m_i.dtype)
-        x, _ = logits(
+        x, raw = logits(
             tl.sum(q * k, 1)[:, None], offs_m[:, None], offs_n[None, :], M, N, left, right, mask_ptr, mask_strides,
             scale, True, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
         )
-        p = exponential(x, tl.where(m_i == float("-inf"), 0.0, m_i)[:, None], scale, SCALED)
+        top = tl.where(m_i == float("-inf"), 0.0, m_i)[:, None]
+        p = exponential(x, raw, top, scale, True, HAS_BIAS, SOFTCAP, SCALED)
         if DROPOUT:
             keep = keep_mask(seed, off_b, off_h, offs_m, n // 16 * 16, dropout_p, 16)
             here = tl.sum(tl.where(tl.arange(0, 16)[None, :] == n % 16, keep, 0).to(tl.int32), 1)

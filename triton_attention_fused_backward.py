@@ -58,18 +58,18 @@ def probs(
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     EXACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """(P before dropout, what dscores needs of the softcap) of a tile with its queries along M_AXIS, 0 or 1."""
+    """(P before dropout, tanh where there is a softcap) of a tile with its queries along M_AXIS, 0 or 1."""
     m, n = tl.expand_dims(offs_m, 1 - M_AXIS), tl.expand_dims(start_n + tl.arange(0, BLOCK_N), M_AXIS)
-    x, tanh = logits(
+    x, raw = logits(
         qk, m, n, M, N, left, right, mask_ptr, mask_strides, scale,
         MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
     )
-    p = exponential(x, tl.expand_dims(top, 1 - M_AXIS), scale, SCALED)
+    p = exponential(x, raw, tl.expand_dims(top, 1 - M_AXIS), scale, MASKED, HAS_BIAS, SOFTCAP, SCALED)
     if EXACT:
         p *= tl.expand_dims(inverse, 1 - M_AXIS)
     if MASKED:
         p = tl.where(x == float("-inf"), 0.0, p)
-    return p, tanh
+    return p, raw
 
 
 @triton.jit

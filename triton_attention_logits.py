@@ -82,14 +82,15 @@ def logits(
     MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
 ):
-    """(x, tanh): the logits x of a tile of Q K^T, -inf where m may not see n; without the scale if not SCALED.
+    """(x, raw): the logits x of a tile of Q K^T, -inf where m may not see n; without the scale if not SCALED. raw is
+    what was multiplied last: by the softcap, tanh of the scaled product; else by the scale, the product.
 
     m and n index the tile and broadcast against it, either way round.
     """
-    x, tanh = qk, qk
+    x, raw = qk, qk
     if SOFTCAP > 0.0:
-        tanh = hyperbolic_tangent(qk * scale * (1.0 / SOFTCAP))
-        x = tanh * SOFTCAP
+        raw = hyperbolic_tangent(qk * scale * (1.0 / SOFTCAP))
+        x = raw * SOFTCAP
     elif SCALED:
         x = qk * scale
     if MASKED:
@@ -106,20 +107,28 @@ def logits(
             keep = keep & (bias != float("-inf"))
             x = x + bias
         x = tl.where(keep, x, float("-inf"))
-    return x, tanh
+    return x, raw
 
 
 @triton.jit
-def exponential(x, top, scale, SCALED: tl.constexpr):
-    """e^(logit - top) of the x of logits().
+def exponential(
+    x, raw, top, scale,
+    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
+):
+    """e^(logit - top) of what logits() returned.
 
-    SCALED, it subtracts first: a logit near the maximum loses nothing to rounding, and float32 stays as accurate as
-    PyTorch's. Else the scale, log2(e) and the subtraction are one multiply-add: enough for what 16 bits will hold.
+    SCALED, the difference is rounded once, and the same way in every kernel and every tile: a compiler that fuses a
+    product and a subtraction here and not there would give P of the backward pass other sums than 1. Else the scale,
+    log2(e) and the subtraction are one multiply-add: enough for what 16 bits will hold.
     """
-    if SCALED:
+    if not SCALED:
+        return tl.exp2(x * (scale * LOG2E) - top * LOG2E)
+    elif HAS_BIAS:
         return tl.exp(x - top)
     else:
-        return tl.exp2(x * (scale * LOG2E) - top * LOG2E)
+        factor = tl.full(raw.shape, SOFTCAP, raw.dtype) if SOFTCAP > 0.0 else scale
+        p = tl.exp(tl.fma(raw, factor, -top))
+        return tl.where(x == float("-inf"), 0.0, p) if MASKED else p
 
 
 @triton.jit
