@@ -265,16 +265,15 @@ def compile_options(tile):
     return options
 
 
-def dot_precision(dtype, exact="bf16x6"):
+def dot_precision(dtype):
     """How a kernel multiplies float32: in TF32 if torch.get_float32_matmul_precision() allows it, else in full.
 
-    In full, on NVIDIA GPUs, is a sum of six products of bfloat16, three of which make up a float32. `exact` may choose
-    "ieee" instead, without tensor cores: slower, and half the registers for an operand that stays in them. (Three
-    products of TF32 lose two bits, which is past the error that the tests allow.)
+    In full, on NVIDIA GPUs, is a sum of six products of bfloat16, three of which make up a float32. (Three products of
+    TF32 lose two bits, which is past the error that the tests allow.)
     """
     if dtype != torch.float32 or INTERPRETED or not architecture().startswith("sm_"):
         return "ieee"
-    return exact if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "bf16x6" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 # ---- arguments
