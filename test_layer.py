@@ -57,9 +57,19 @@ def layer_call(rng, E, H, kdim, vdim, batch_first, dtype):
     return query, key, value, kwargs
 
 
+DRAWS = 4  # of the parameters: the largest error of a single call of few tokens is chance
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_layer_against_torch(seed):
     """A random configuration and call: outputs, weights, gradients of inputs and parameters."""
+    dtypes, ours, lower = zip(*(layer_errors(seed) for _ in range(DRAWS)), strict=True)
+    allowed = 2 * max(lower) + (32 if dtypes[0] == F64 else 1) * torch.finfo(dtypes[0]).eps
+    assert max(ours) <= allowed, f"{max(ours):.2e}, allowed {allowed:.2e}"
+
+
+def layer_errors(seed):
+    """(dtype, our largest relative error, torch's) over all results of the seed's call with new parameters."""
     rng = torch.Generator().manual_seed(seed)
     pick = lambda *options: options[int(torch.randint(len(options), (), generator=rng))]  # noqa: E731
     E, H = pick((8, 1), (12, 3), (32, 4), (40, 5))
@@ -87,13 +97,12 @@ def test_layer_against_torch(seed):
         for o, layer in zip(outs, (mine, theirs), strict=True)
     ]
 
-    def worst(results):  # over all results of the call: of a gradient of eight numbers, the largest error is chance
+    def worst(results):
         assert [r.shape for r in results] == [e.shape for e in right]
         pairs = zip(results, right, strict=True)
         return max((r.double() - e).abs().max() / e.abs().max().clamp(min=1e-3) for r, e in pairs)
 
-    ours, lower = worst(results[0]), worst(results[1])
-    assert ours <= 2 * lower + (32 if dtype == F64 else 1) * torch.finfo(dtype).eps, f"{ours:.2e}, torch {lower:.2e}"
+    return dtype, worst(results[0]), worst(results[1])
 
 
 @pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
