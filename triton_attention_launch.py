@@ -51,6 +51,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 import triton_attention_tuned as tuned  # noqa: E402
+from triton_attention_replay import note, off, recording, replayed  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
@@ -72,7 +73,7 @@ def must_dispatch(args):
     """Whether somebody (torch.compile, a dispatch mode, vmap, a tensor subclass) has to see the operator."""
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > recording()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd.forward_ad._current_level >= 0
@@ -111,7 +112,8 @@ def define_op(name, fake, wide=()):
     the numbers of the outputs that are float32 whatever the inputs are.
 
     Compiled kernels become a `triton_op`, which Inductor looks into; interpreted ones a `custom_op`, which
-    nothing may trace into. A plain eager call goes straight to the launcher, past 35 us of dispatching.
+    nothing may trace into. A plain eager call goes straight to the launcher, past 35 us of dispatching, and on a GPU
+    soon past the launcher too (triton_attention_replay.py).
     """
 
     def decorate(launcher):
@@ -123,11 +125,13 @@ def define_op(name, fake, wide=()):
             op = torch.library.triton_op(f"triton_attention::{name}", launcher, mutates_args=())
 
         @functools.wraps(launcher)
-        def call(*args):
-            if must_dispatch(args):
-                return op(*args)
+        def eager(*args):
             # what the dispatcher would do: the imaginary part of a conjugate is a view on memory of the opposite sign
             return launcher(*(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args))
+
+        @functools.wraps(launcher)
+        def call(*args):
+            return op(*args) if must_dispatch(args) else replayed(eager, args)
 
         call.op = op
         return call
@@ -162,7 +166,7 @@ def launch(kernel, programs, *args, device=None, **constants):
     elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
     try:
         with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-            kernel[(programs,)](*args, **constants)
+            note(kernel, kernel[(programs,)](*args, **constants), programs, args, constants)
     except OutOfResources as error:
         tile = " x ".join(str(constants[c]) for c in ("BLOCK_M", "BLOCK_N") if c in constants)
         raise ValueError(
@@ -237,7 +241,8 @@ def forcing(tile):
     """Inside, every kernel that asks the table gets `tile` instead: for scripts that search for a better one."""
     _forced.append(tile)
     try:
-        yield
+        with off():
+            yield
     finally:
         _forced.pop()
 
