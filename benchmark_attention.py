@@ -101,12 +101,44 @@ def layer(dtype, batch, S, need_weights, seed, E):
     )
 
 
+def show_host_times(watch):
+    """How long the host is busy with a call, where the GPU has next to nothing to do."""
+    import torch
+
+    import triton_attention_replay
+    from triton_attention_fused import attention_fused
+    from triton_attention_layer import attention_staged
+
+    calls = {}
+    for weights in (True, False):
+        makes = layer("bfloat16", 1, 64, weights, 0, 256).makes
+        calls |= {f"layer, weights {'on' if weights else 'off'}: {name}": makes[name]() for name in ("triton", "torch")}
+    q, k, v = qkv = benchmark_providers.inputs(0, (1, 4, 64, 64), "bfloat16", 3, grad=True)
+    detached = [t.detach() for t in qkv]
+    for name, attention in {
+        "triton fused": attention_fused, "triton staged": lambda q, k, v: attention_staged(q, k, v)[0],
+        "SDPA": torch.nn.functional.scaled_dot_product_attention,
+    }.items():
+        out = attention(q, k, v)
+        calls[f"attention: {name}"] = functools.partial(attention, *detached)
+        calls[f"attention, for a gradient: {name}"] = functools.partial(attention, q, k, v)
+        calls[f"backward: {name}"] = functools.partial(torch.autograd.grad, out, qkv, out.detach(), retain_graph=True)
+    print("\nthe host's time for a call, us (in full: without replays of launches)")
+    for name, call in calls.items():
+        with triton_attention_replay.off():
+            full = f" (in full {watch.host(call):.0f})" if "triton" in name else ""
+        print(f"  {name:36} {watch.host(call):6.0f}{full}")
+    torch.cuda.synchronize()
+
+
 def main():
     args = benchmarking.parser(__doc__.split("\n")[0]).parse_args()
     results = []
     if not args.plot:
         watch = benchmarking.stopwatch(args)
         results = benchmarking.run("benchmark_attention", rows(args, watch is None), args, watch)
+        if watch and not args.providers:
+            show_host_times(watch)
     if args.plot or watch:
         import benchmark_figures
 

@@ -9,12 +9,12 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import triton_attention_replay
-
 
 @contextlib.contextmanager
 def capturing(module):
     """Inside, the launches of a kernel's module end before the GPU; yields the list of (programs, args, constants)."""
+    import triton_attention_replay
+
     module, found = importlib.import_module(module), []
     launch = module.launch
     module.launch = lambda kernel, programs, *args, device=None, **constants: found.append((programs, args, constants))

@@ -36,6 +36,7 @@ from triton_attention_tiles import (
 )
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
+MOST_SPLITS = 128
 
 
 @triton.jit
@@ -187,20 +188,26 @@ def _fwd_kernel(
                 )
 
 
-@triton.jit(do_not_specialize=["splits", "rows"])
+@triton.jit(do_not_specialize=["H", "M", "splits", "rows"])
 def _merge_kernel(
     part_ptr, part_stats_ptr, o_ptr, stride_ob, stride_oh, stride_om, stride_od, lse_ptr, stats_ptr,
-    H, M, splits, rows, EXACT: tl.constexpr, DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_DV: tl.constexpr,
+    H, M, splits, rows, EXACT: tl.constexpr, DV: tl.constexpr, MOST: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """One row of O from its splits: one more step of the online softmax, all of them at once."""
+    """One row of O from its splits, MOST at most: one more step of the online softmax, all of them at once."""
     row = tl.program_id(0).to(tl.int64)
-    offs_s, offs_e = tl.arange(0, SPLITS), tl.arange(0, BLOCK_DV)
+    offs_s, offs_e = tl.arange(0, MOST), tl.arange(0, BLOCK_DV)
     m_s, l_s = load_pair(part_stats_ptr, offs_s * rows + row, offs_s < splits, float("-inf"))
     m = tl.max(m_s, 0)
-    alpha = tl.exp(m_s - tl.where(m == float("-inf"), 0.0, m))
-    l = tl.sum(alpha * l_s, 0)  # noqa: E741
-    parts = load_tile(part_ptr + row * DV, (rows * DV, 1), (splits, DV), offs_s, offs_e)
-    o = tl.sum(tl.where(alpha[:, None] == 0.0, 0.0, alpha[:, None] * parts), 0) * inverse_sum(l)
+    top = tl.where(m == float("-inf"), 0.0, m)
+    l = tl.sum(tl.exp(m_s - top) * l_s, 0)  # noqa: E741
+    o = tl.zeros([BLOCK_DV], m.dtype)
+    for start_s in range(0, splits, 16):
+        offs_s = start_s + tl.arange(0, 16)
+        m_s, _ = load_pair(part_stats_ptr, offs_s * rows + row, offs_s < splits, float("-inf"))
+        alpha = tl.exp(m_s - top)[:, None]
+        parts = load_tile(part_ptr + row * DV, (rows * DV, 1), (splits, DV), offs_s, offs_e)
+        o += tl.sum(tl.where(alpha == 0.0, 0.0, alpha * parts), 0)
+    o *= inverse_sum(l)
     o_ptr += row // (H * M) * stride_ob + row // M % H * stride_oh + row % M * stride_om
     tl.store(o_ptr + offs_e * stride_od, o.to(o_ptr.dtype.element_ty), mask=offs_e < DV)
     tl.store(lse_ptr + row, m + tl.log(l))
@@ -215,7 +222,7 @@ def _processors(device):
 
 def _splits(programs, N, block_n, device):
     """Into how many parts the keys are split: enough programs for the GPU, each with at least four tiles of keys."""
-    return max(1, min(2 * _processors(device) // programs, triton.cdiv(N, 4 * block_n), 128))
+    return max(1, min(2 * _processors(device) // programs, triton.cdiv(N, 4 * block_n), MOST_SPLITS))
 
 
 def _outputs(q, k, v, *_):
@@ -280,7 +287,7 @@ def fused_op(
             _merge_kernel, B * H * M,
             part, part_stats, o, *o.stride(), lse, stats, H, M, splits, B * H * M,
             **{name: constants[name] for name in ("EXACT", "DV", "BLOCK_DV")},
-            SPLITS=triton.next_power_of_2(splits), num_warps=4,
+            MOST=MOST_SPLITS, num_warps=4,
         )
     return outputs
 

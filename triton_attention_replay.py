@@ -86,6 +86,11 @@ def off():
         _this_thread.off -= 1
 
 
+def _here(device):
+    """Whether a launch now goes to this device: it is the current GPU."""
+    return device.type == "cuda" and device.index == torch._C._cuda_getDevice()
+
+
 def _key(launcher, args):
     """(key, addresses of the tensors, their device), or None for a call that cannot be replayed."""
     parts, addresses = [launcher, torch.get_float32_matmul_precision()], []
@@ -100,7 +105,7 @@ def _key(launcher, args):
             device = device or a.device
         else:
             parts.append(tuple(a) if isinstance(a, list) else a)
-    if device is None or device.type != "cuda" or device.index != torch._C._cuda_getDevice():
+    if device is None or not _here(device):
         return None
     parts.append(device.index)
     if len(set(addresses)) < len(addresses):
@@ -129,7 +134,7 @@ def _understand(recorder, tensors, out):
     if recorder.computes or ambiguous or not recorder.launches:
         return False
     launches = []
-    for run, args, in recorder.launches:
+    for run, args in recorder.launches:
         pointers = []
         for i, a in enumerate(args):
             if isinstance(a, torch.Tensor):
