@@ -127,7 +127,7 @@ def show_host_times(watch):
     for name, call in calls.items():
         with triton_attention_replay.off():
             full = f" (in full {watch.host(call):.0f})" if "triton" in name else ""
-        print(f"  {name:36} {watch.host(call):6.0f}{full}")
+        print(f"  {name:44} {watch.host(call):6.0f}{full}")
     torch.cuda.synchronize()
 
 

@@ -52,7 +52,7 @@ def launcher_of(kernel, before=lambda x: x, after=lambda y: y):
 
 def run(launcher, *xs):
     """Replayed calls with each of the tensors: the results."""
-    return [replay.replayed(launcher, x if isinstance(x, tuple) else (x,)) for x in xs]
+    return [replay.replayed(launcher, x if isinstance(x, tuple) else (x,), {}) for x in xs]
 
 
 def test_the_third_call_is_a_replay(kernel):

@@ -28,7 +28,7 @@ from triton_attention_fused_bias import fused_bias_gradient_op
 from triton_attention_launch import (
     DEVICE, INTERPRETED, autocast, check_blocks, check_dropout, check_flag, check_heads, check_mask, check_scale,
     check_shape, check_sinks, check_softcap, check_tensors, check_window,
-    compile_options, define_op, differentiate, fold, launch, tile_for, unfold,
+    compile_options, define_op, differentiate, fold, launch, replayable, tile_for, unfold,
 )
 from triton_attention_logits import exponential, key_range, load_pair, logits, steps, store_pair
 from triton_attention_tiles import (
@@ -202,10 +202,10 @@ def _merge_kernel(
     l = tl.sum(tl.exp(m_s - top) * l_s, 0)  # noqa: E741
     o = tl.zeros([BLOCK_DV], m.dtype)
     for start_s in range(0, splits, 16):
-        offs_s = start_s + tl.arange(0, 16)
-        m_s, _ = load_pair(part_stats_ptr, offs_s * rows + row, offs_s < splits, float("-inf"))
-        alpha = tl.exp(m_s - top)[:, None]
-        parts = load_tile(part_ptr + row * DV, (rows * DV, 1), (splits, DV), offs_s, offs_e)
+        offs_t = start_s + tl.arange(0, 16)
+        m_t, _ = load_pair(part_stats_ptr, offs_t * rows + row, offs_t < splits, float("-inf"))
+        alpha = tl.exp(m_t - top)[:, None]
+        parts = load_tile(part_ptr + row * DV, (rows * DV, 1), (splits, DV), offs_t, offs_e)
         o += tl.sum(tl.where(alpha == 0.0, 0.0, alpha * parts), 0)
     o *= inverse_sum(l)
     o_ptr += row // (H * M) * stride_ob + row // M % H * stride_oh + row % M * stride_om
@@ -373,6 +373,7 @@ def _one_by_one(function, info, in_dims, *args):
     return tuple(outs), tuple(None if out is None else 0 for out in outs)
 
 
+@replayable
 def attention_fused(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,

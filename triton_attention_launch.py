@@ -131,12 +131,35 @@ def define_op(name, fake, wide=()):
 
         @functools.wraps(launcher)
         def call(*args):
-            return op(*args) if must_dispatch(args) else replayed(eager, args)
+            return op(*args) if must_dispatch(args) else replayed(eager, args, {})
 
         call.op = op
         return call
 
     return decorate
+
+
+def asks_gradient(args):
+    if torch.is_grad_enabled():
+        for a in args:
+            if isinstance(a, torch.Tensor) and a.requires_grad:
+                return True
+    return False
+
+
+def replayable(function):
+    """Decorator of a public function: an eager call without a gradient is replayed as a whole, checks included."""
+    if INTERPRETED:
+        return function
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        everything = (*args, *kwargs.values())
+        if must_dispatch(everything) or asks_gradient(everything) or torch.is_autocast_enabled(DEVICE.type):
+            return function(*args, **kwargs)
+        return replayed(function, args, kwargs)
+
+    return call
 
 
 def differentiate(function, *args):
@@ -145,12 +168,11 @@ def differentiate(function, *args):
         # torch.compile takes no tensor twice: self-attention on a plain x would be refused
         again = [any(a is b for b in args[:i]) and isinstance(a, torch.Tensor) for i, a in enumerate(args)]
         return function.apply(*(a.view_as(a) if twice else a for a, twice in zip(args, again, strict=True)))
-    if (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args))
-    ):
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return function.apply(*args)
+    if asks_gradient(args):
+        # past Function.apply itself, which asks inspect for the signature of forward: 50 us
+        return super(torch.autograd.Function, function).apply(*args)
     return function.forward(*args)
 
 
@@ -309,10 +331,10 @@ def check_tensors(**tensors):
 
 def check_shape(name, t, layout, **sizes):
     """The dimensions of `t`, named by `layout` ("B Hk N D"), have the given sizes; unnamed ones are free."""
-    names = layout.split()
-    if any(sizes.get(n, size) != size for n, size in zip(names, t.shape, strict=True)):
-        expected = ", ".join(str(sizes.get(n, n)) for n in names)
-        raise ValueError(f"{name} must be [{', '.join(names)}] = [{expected}], got {tuple(t.shape)}")
+    for i, n in enumerate(layout.split()):
+        if n in sizes and sizes[n] != t.shape[i]:
+            expected = ", ".join(str(sizes.get(n, n)) for n in layout.split())
+            raise ValueError(f"{name} must be [{', '.join(layout.split())}] = [{expected}], got {tuple(t.shape)}")
 
 
 def check_heads(name, kv_heads, heads, enable_gqa=True):

@@ -17,8 +17,8 @@ from torch.nn.attention.bias import CausalBias
 from triton_attention_backward import Staged
 from triton_attention_fused import MAX_HEAD_DIM, attention_fused
 from triton_attention_launch import (
-    DEVICE, autocast, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape, check_tensors,
-    differentiate, must_dispatch,
+    DEVICE, asks_gradient, autocast, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape,
+    check_tensors, differentiate, must_dispatch, replayable,
 )
 from triton_attention_scores import Scores, scores_op
 from triton_attention_softmax import ONE_PASS, softmax_dropout, softmax_mean_op
@@ -50,6 +50,7 @@ def attention_staged(
     return _attend(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
+@replayable
 def _attend(q, k, v, attn_mask, dropout_p, is_causal=False, scale=None, enable_gqa=True, average=False):
     """attention_staged; with average the weights come as their mean over the heads, [B, M, N]."""
     q, k, v = autocast(q, k, v)
@@ -71,7 +72,8 @@ def _attend(q, k, v, attn_mask, dropout_p, is_causal=False, scale=None, enable_g
         probs, mean = softmax_mean_op(scores_op(q, k, scale, diagonal, None, None, None), mask, diagonal)
         return values_op(probs, v, diagonal, H, False, 1.0, v.dtype, None, None), mean
     else:
-        wide = q.dtype.itemsize == 2 and torch.is_grad_enabled()
+        tensors = (q, k, v, mask)
+        wide = q.dtype.itemsize == 2 and (asks_gradient(tensors) or torch.is_grad_enabled() and must_dispatch(tensors))
         out, probs = differentiate(Staged, q, k, v, mask, diagonal, scale, torch.float32 if wide else q.dtype)
         out = out.to(q.dtype)
     return out, probs.mean(dim=1) if average else probs

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _MOST = 4096  # keys; then all are forgotten
 _records = {}  # key -> None: seen once; False: not to be replayed; else a Recording
-_this_thread = threading.local()  # .recorder: who watches, and .off: how many forbid replays
+_off = []  # who forbids replays
+_this_thread = threading.local()  # .recorder: who watches
 _EMPTY = {
     torch.ops.aten.new_empty.default, torch.ops.aten.empty_strided.default, torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default, torch.ops.aten.new_empty_strided.default,
@@ -79,11 +80,11 @@ def note(kernel, compiled, programs, args, constants):
 @contextlib.contextmanager
 def off():
     """Inside, every call runs in full: for scripts that change what a key does not have."""
-    _this_thread.off = getattr(_this_thread, "off", 0) + 1
+    _off.append(None)
     try:
         yield
     finally:
-        _this_thread.off -= 1
+        _off.pop()
 
 
 def _here(device):
@@ -91,20 +92,22 @@ def _here(device):
     return device.type == "cuda" and device.index == torch._C._cuda_getDevice()
 
 
-def _key(launcher, args):
+def _key(function, args, names):
     """(key, addresses of the tensors, their device), or None for a call that cannot be replayed."""
-    parts, addresses = [launcher, torch.get_float32_matmul_precision()], []
+    parts, addresses = [function, names, torch.get_float32_matmul_precision()], []
     device = None
     for a in args:
         if isinstance(a, torch.Tensor):
-            if a.is_neg():
+            device = device or a.device
+            if a.device != device or a.layout != torch.strided or a.is_nested or a.is_neg():
                 return None
             address = a.data_ptr()
             addresses.append(address)
             parts += (a.shape, a.stride(), a.dtype, address & 15)
-            device = device or a.device
+        elif isinstance(a, list):
+            parts.append(tuple(a))
         else:
-            parts.append(tuple(a) if isinstance(a, list) else a)
+            parts += (a.__class__, a)  # True == 1 == 1.0, but not for a check
     if device is None or not _here(device):
         return None
     parts.append(device.index)
@@ -113,15 +116,15 @@ def _key(launcher, args):
     return tuple(parts), addresses, device
 
 
-def _record(launcher, args):
+def _record(function, args, kwargs):
     """(result, Recording or False) of a call that runs in full."""
     recorder = _this_thread.recorder = _Recorder()
     try:
         with recorder:
-            out = launcher(*args)
+            out = function(*args, **kwargs)
     finally:
         _this_thread.recorder = None
-    return out, _understand(recorder, [a for a in args if isinstance(a, torch.Tensor)], out)
+    return out, _understand(recorder, [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)], out)
 
 
 def _understand(recorder, tensors, out):
@@ -160,13 +163,16 @@ def _understand(recorder, tensors, out):
     return Recording(fresh, returned if isinstance(out, tuple) else returned[0], launches)
 
 
-def replayed(launcher, args):
-    """launcher(*args), by a replay where there is one."""
-    found = None if getattr(_this_thread, "off", 0) or recording() else _key(launcher, args)
+def replayed(function, args, kwargs):
+    """function(*args, **kwargs), by a replay where there is one."""
+    found = None if _off or recording() else _key(function, (*args, *kwargs.values()), tuple(kwargs))
     if found is None:
-        return launcher(*args)
+        return function(*args, **kwargs)
     key, addresses, device = found
-    record = _records.get(key, "new")
+    try:
+        record = _records.get(key, "new")
+    except TypeError:  # an argument without a hash
+        return function(*args, **kwargs)
     if isinstance(record, Recording):
         return record.replay(addresses, device)
     if record == "new":
@@ -174,6 +180,6 @@ def replayed(launcher, args):
             _records.clear()
         _records[key] = None
     elif record is None:
-        out, _records[key] = _record(launcher, args)
+        out, _records[key] = _record(function, args, kwargs)
         return out
-    return launcher(*args)
+    return function(*args, **kwargs)

@@ -19,7 +19,8 @@ import triton.language as tl
 
 from triton_attention_launch import (
     DEVICE, autocast, check_blocks, check_flag, check_heads, check_scale, check_shape, check_tensors,
-    compile_options, define_op, differentiate, dot_precision, fold, hopper, launch, must_dispatch, tile_for, unfold,
+    compile_options, define_op, differentiate, dot_precision, fold, hopper, launch, must_dispatch, replayable,
+    tile_for, unfold,
 )
 from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
 
@@ -135,6 +136,7 @@ class Scores(torch.autograd.Function):
         return unfold(info, differentiate(Scores, *fold(info, in_dims, q, k), *options)), 0
 
 
+@replayable
 def attention_scores(
     q: torch.Tensor, k: torch.Tensor, *, scale: float | None = None, is_causal: bool = False,
     block_m: int | None = None, block_n: int | None = None,

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton_attention_dropout import dropout
 from triton_attention_launch import (
     DEVICE, INTERPRETED, check_blocks, check_dropout, check_mask, check_tensors,
-    define_op, differentiate, fold, launch, unfold,
+    define_op, differentiate, fold, launch, replayable, unfold,
 )
 from triton_attention_tiles import head_ptr, inverse_sum, load_tile, load_visible, split_program, store_tile, visible
 
@@ -395,6 +395,7 @@ def softmax_dropout(scores, mask, diagonal, dropout_p, block_m=None, block_n=Non
     return probs if dropout_p == 0.0 else dropout(probs, dropout_p)
 
 
+@replayable
 def attention_softmax(
     scores: torch.Tensor, attn_mask: torch.Tensor | None = None, *, is_causal: bool = False, dropout_p: float = 0.0,
     block_m: int | None = None, block_n: int | None = None,

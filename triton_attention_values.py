@@ -20,7 +20,7 @@ import triton.language as tl
 
 from triton_attention_launch import (
     DEVICE, INTERPRETED, autocast, check_blocks, check_flag, check_heads, check_shape, check_tensors,
-    compile_options, define_op, differentiate, dot_precision, fold, launch, tile_for, unfold,
+    compile_options, define_op, differentiate, dot_precision, fold, launch, replayable, tile_for, unfold,
 )
 from triton_attention_scores import Scores
 from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
@@ -209,6 +209,7 @@ class Values(torch.autograd.Function):
         return unfold(info, differentiate(Values, *fold(info, in_dims, p, v), *options)), 0
 
 
+@replayable
 def attention_values(
     probs: torch.Tensor, v: torch.Tensor, *, is_causal: bool = False,
     block_m: int | None = None, block_n: int | None = None,
