@@ -28,7 +28,7 @@ from triton_attention_fused_bias import fused_bias_gradient_op
 from triton_attention_launch import (
     DEVICE, INTERPRETED, autocast, check_blocks, check_dropout, check_flag, check_heads, check_mask, check_scale,
     check_shape, check_sinks, check_softcap, check_tensors, check_window,
-    compile_options, define_op, differentiate, fold, launch, replayable, tile_for, unfold,
+    compile_options, define_op, differentiate, empty_heads, fold, launch, replayable, tile_for, unfold,
 )
 from triton_attention_logits import exponential, key_range, load_pair, logits, steps, store_pair
 from triton_attention_tiles import (
@@ -228,7 +228,7 @@ def _splits(programs, N, block_n, device):
 def _outputs(q, k, v, *_):
     (B, H, M), wide = q.shape[:3], torch.float64 if q.dtype == torch.float64 else torch.float32
     lse, stats = (q.new_empty(shape, dtype=wide) for shape in ((B, H, M), (B, H, M, 2 if exact(q.dtype) else 0)))
-    return q.new_empty(B, H, M, v.shape[3]), lse, stats
+    return empty_heads(q, B, H, M, v.shape[3]), lse, stats
 
 
 def _one_query(q, k, v, mask, sinks, o, lse, left, right):

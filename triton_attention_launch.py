@@ -176,6 +176,14 @@ def differentiate(function, *args):
     return function.forward(*args)
 
 
+def empty_heads(like, *shape, dtype=None):
+    """An empty [B, H, M, D] in the memory order of `like`: where that is [B, M, H, D], as a projection leaves its heads,
+    they become columns again without a copy."""
+    B, H, M, D = shape
+    strides = (M * H * D, D, H * D, 1) if like.stride(1) < like.stride(2) else (H * M * D, M * D, D, 1)
+    return like.new_empty_strided(shape, strides, dtype=dtype)
+
+
 def launch(kernel, programs, *args, device=None, **constants):
     """Run `programs` instances of a kernel on `device`, that of the first argument by default."""
     if INTERPRETED:

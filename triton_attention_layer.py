@@ -174,7 +174,8 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
         _check_mask_dtype(mask, query)
         k, v, mask = self._append_keys(k, v, mask)
 
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        D = self.head_dim
+        q, k, v = (t.view(*t.shape[:2], t.shape[2] // D, D).transpose(1, 2) for t in (q, k, v))
         dropout_p = self.dropout if self.training else 0.0
         if need_weights or self.head_dim > MAX_HEAD_DIM:
             out, weights = _attend(q, k, v, mask, dropout_p, average=need_weights and average_attn_weights)

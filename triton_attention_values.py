@@ -20,7 +20,7 @@ import triton.language as tl
 
 from triton_attention_launch import (
     DEVICE, INTERPRETED, autocast, check_blocks, check_flag, check_heads, check_shape, check_tensors,
-    compile_options, define_op, differentiate, dot_precision, fold, launch, replayable, tile_for, unfold,
+    compile_options, define_op, differentiate, dot_precision, empty_heads, fold, launch, replayable, tile_for, unfold,
 )
 from triton_attention_scores import Scores
 from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
@@ -137,7 +137,7 @@ def _nonzero_kernel(
 
 
 def _values_shape(p, v, diagonal, heads, transposed, scale, dtype, block_m, block_n):
-    return v.new_empty(p.shape[0], heads, p.shape[3 if transposed else 2], v.shape[3], dtype=dtype)
+    return empty_heads(v, p.shape[0], heads, p.shape[3 if transposed else 2], v.shape[3], dtype=dtype)
 
 
 @define_op("values", fake=_values_shape)
