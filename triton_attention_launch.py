@@ -177,7 +177,7 @@ def differentiate(function, *args):
 
 
 def empty_heads(like, *shape, dtype=None):
-    """An empty [B, H, M, D] in the memory order of `like`: where that is [B, M, H, D], as a projection leaves its heads,
+    """An empty [B, H, M, D] in the memory order of `like`: where that is [B, M, H, D], as projections leave them,
     they become columns again without a copy."""
     B, H, M, D = shape
     strides = (M * H * D, D, H * D, 1) if like.stride(1) < like.stride(2) else (H * M * D, M * D, D, 1)
