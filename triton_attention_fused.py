@@ -266,7 +266,7 @@ def fused_op(
     sinks_strides = (0, 0) if sinks is None else (sinks.stride(0), sinks.stride(1) if sinks.dim() == 2 else 0)
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     width = max(constants["D"], constants["DV"])
-    op = "fused few" if M <= 16 else "fused" if mask is None else "fused, masked"
+    op = ("fused few" if M <= 16 else "fused") + ("" if mask is None else ", masked")
     tile = tile_for(op, q.dtype, width, right is not None, block_m, block_n)
     programs = B * H * triton.cdiv(M, tile.BLOCK_M)
     splits = _splits(programs, N, tile.BLOCK_N, q.device)
