@@ -81,16 +81,16 @@ def scores_op(
 ) -> torch.Tensor:
     """S [B, H, M, N] of q [B, H, M, D] and k [B, Hk, N, D]; the future is `fill`, 0 or -inf, or unwritten if None."""
     (B, H, M), D, (Hk, N) = q.shape[:3], int(q.shape[3]), k.shape[1:3]
+    if diagonal is None and block_m is None and block_n is None and not must_dispatch((q, k)):
+        kernels = hopper("triton_attention_scores_hopper")
+        if kernels and kernels.applies(q, k):
+            return kernels.scores_hopper(q, k, scale)
     s = q.new_empty(B, H, M, N)
     if s.numel() == 0:
         return s
     if D == 0:  # sums over nothing
         s.zero_()
         return s if diagonal is None or not fill else s.masked_fill_(s.new_ones(M, N).triu(diagonal + 1).bool(), fill)
-    if diagonal is None and block_m is None and block_n is None and not must_dispatch((q, k)):
-        kernels = hopper("triton_attention_scores_hopper")
-        if kernels and kernels.applies(q, k):
-            return kernels.scores_hopper(q, k, scale)
     if q.dtype == torch.float64:  # a kernel's scalar arguments are float32
         q, scale = q * scale, 1.0
     tile = tile_for("scores", q.dtype, D, diagonal is not None, block_m, block_n)

@@ -122,7 +122,7 @@ def applies(q, k):
     """Whether the kernel takes these inputs and is worth its descriptors; else the plain kernel runs."""
     (B, H, M, D), N = q.shape, k.shape[2]
     return (
-        q.element_size() == 2 and D <= 128 and N % 8 == 0 and B * H * M * N >= SMALLEST
+        q.element_size() == 2 and 0 < D <= 128 and N % 8 == 0 and B * H * M * N >= SMALLEST
         and _readable(q) and _readable(k)
     )
 
