@@ -32,6 +32,17 @@ def test_cpu_tensors_in_a_compiling_process_are_refused():
     assert "ValueError: q is on the CPU" in run.stderr and "TRITON_INTERPRET=1" in run.stderr
 
 
+@pytest.mark.parametrize("setting", ["cuda.matmul.fp32_precision = 'tf32'", "fp32_precision = 'tf32'"])
+def test_precision_set_by_the_new_interface(setting):
+    """torch.get_float32_matmul_precision() raises an error then."""
+    code = f"import torch\ntorch.backends.{setting}\nfrom triton_attention_launch import DEVICE\n"
+    code += "from triton_attention_replay import float32_precision\n"
+    code += "from triton_attention_scores import attention_scores\n"
+    code += "print(float32_precision(), attention_scores(*[torch.ones(1, 1, 2, 4, device=DEVICE)] * 2)[0, 0, 0, 0].item())"
+    run = run_python(code)
+    assert run.stdout.split() == ["high", "2.0"], run.stderr
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="once, where CI runs")
 def test_every_kernel_compiles_for_every_gpu():
     """No spills, and shared memory within the limit of each GPU; the table is compile_kernels.py's."""

@@ -51,7 +51,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 import triton_attention_tuned as tuned  # noqa: E402
-from triton_attention_replay import note, off, recording, replayed  # noqa: E402
+from triton_attention_replay import float32_precision, note, off, recording, replayed  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
@@ -308,7 +308,7 @@ def dot_precision(dtype):
     """
     if dtype != torch.float32 or INTERPRETED or not architecture().startswith("sm_"):
         return "ieee"
-    return "bf16x6" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "bf16x6" if float32_precision() == "highest" else "tf32"
 
 
 # ---- arguments

@@ -87,6 +87,14 @@ def off():
         _off.pop()
 
 
+def float32_precision():
+    """"highest", or "high" or "medium" where PyTorch may multiply float32 on a GPU in TF32."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # allowed by torch.backends.cuda.matmul.fp32_precision, which this getter will not read
+        return "high"
+
+
 def _here(device):
     """Whether a launch now goes to this device: it is the current GPU."""
     return device.type == "cuda" and device.index == torch._C._cuda_getDevice()
@@ -94,7 +102,7 @@ def _here(device):
 
 def _key(function, args, names):
     """(key, addresses of the tensors, their device), or None for a call that cannot be replayed."""
-    parts, addresses = [function, names, torch.get_float32_matmul_precision()], []
+    parts, addresses = [function, names, float32_precision()], []
     device = None
     for a in args:
         if isinstance(a, torch.Tensor):
