@@ -38,7 +38,8 @@ def test_precision_set_by_the_new_interface(setting):
     code = f"import torch\ntorch.backends.{setting}\nfrom triton_attention_launch import DEVICE\n"
     code += "from triton_attention_replay import float32_precision\n"
     code += "from triton_attention_scores import attention_scores\n"
-    code += "q = torch.ones(1, 1, 2, 4, device=DEVICE)\nprint(float32_precision(), attention_scores(q, q)[0, 0, 0, 0].item())"
+    code += "q = torch.ones(1, 1, 2, 4, device=DEVICE)\n"
+    code += "print(float32_precision(), attention_scores(q, q)[0, 0, 0, 0].item())"
     run = run_python(code)
     assert run.stdout.split() == ["high", "2.0"], run.stderr
 
