@@ -32,16 +32,20 @@ def test_cpu_tensors_in_a_compiling_process_are_refused():
     assert "ValueError: q is on the CPU" in run.stderr and "TRITON_INTERPRET=1" in run.stderr
 
 
-@pytest.mark.parametrize("setting", ["cuda.matmul.fp32_precision = 'tf32'", "fp32_precision = 'tf32'"])
-def test_precision_set_by_the_new_interface(setting):
-    """torch.get_float32_matmul_precision() raises an error then."""
-    code = f"import torch\ntorch.backends.{setting}\nfrom triton_attention_launch import DEVICE\n"
-    code += "from triton_attention_replay import float32_precision\n"
+@pytest.mark.parametrize("setting,tf32", [
+    ("backends.cuda.matmul.fp32_precision = 'tf32'", True), ("backends.fp32_precision = 'tf32'", True),
+    ("backends.mkldnn.matmul.fp32_precision = 'bf16'", False), ("set_float32_matmul_precision('high')", True),
+    ("set_float32_matmul_precision('highest')", False), ("backends.cuda.matmul.fp32_precision = 'ieee'", False),
+])
+def test_float32_precision_by_either_interface(setting, tf32):
+    """torch.get_float32_matmul_precision() raises an error after some of them."""
+    code = f"import torch\ntorch.{setting}\nfrom triton_attention_launch import DEVICE\n"
+    code += "from triton_attention_replay import allows_tf32\n"
     code += "from triton_attention_scores import attention_scores\n"
     code += "q = torch.ones(1, 1, 2, 4, device=DEVICE)\n"
-    code += "print(float32_precision(), attention_scores(q, q)[0, 0, 0, 0].item())"
+    code += "print(allows_tf32(), attention_scores(q, q)[0, 0, 0, 0].item())"
     run = run_python(code)
-    assert run.stdout.split() == ["high", "2.0"], run.stderr
+    assert run.stdout.split() == [str(tf32), "2.0"], run.stderr
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="once, where CI runs")

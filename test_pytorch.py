@@ -125,6 +125,12 @@ def test_torch_func(name):
     jacobian = torch.func.jacrev(lambda q: ours(q, k[0], v[0])[0])(q[0, :, :, :2])
     exact = torch.func.jacrev(lambda q: theirs(q, k[0], v[0])[0])(q[0, :, :, :2])
     assert (jacobian - exact).abs().max() < 1e-5
+    for context in (torch.enable_grad, torch.no_grad):  # vjp's function is called after vjp has returned
+        causal = [lambda *qkv, f=f: f(*qkv, is_causal=True)[0] for f in (ours, theirs)]
+        pulled = [torch.func.vjp(f, q[0], k[0], v[0]) for f in causal]
+        with context():
+            grads, exact = (pull(torch.ones_like(o)) for o, pull in pulled)
+        assert all((a - b).abs().max() < 1e-5 for a, b in zip(grads, exact, strict=True))
     with pytest.raises((NotImplementedError, RuntimeError)):  # never a silent zero
         torch.func.jvp(lambda q: ours(q, k[0], v[0])[0], (q[0],), (q[1],))
 

@@ -107,6 +107,29 @@ def test_slices_of_two_inputs_of_one_storage(kernel):
     assert kernel.launches[2:] == ["replay"] * 2 and torch.equal(outs[3], 2 * both[:10])
 
 
+def test_options_of_other_types_are_other_calls(kernel):
+    launcher, x = launcher_of(kernel), torch.randn(5)
+    run(lambda x, pair: launcher(x), (x, (1, 1)))  # a function of its own: another key
+    takes = lambda x, pair: launcher(x)  # noqa: E731
+    kernel.launches.clear()
+    run(takes, *[(x, (1, 1))] * 3, (x, (True, 1)), (x, (1.0, 1)), (x, [1, 1]))
+    assert kernel.launches == ["full", "full", "replay", "full", "full", "full"]
+    kernel.launches.clear()
+    with torch.no_grad():
+        run(takes, (x, (1, 1)))
+    assert kernel.launches == ["full"]
+
+
+def test_one_memory_by_two_storages(kernel):
+    """A slice of x that begins where y does, which another library shared: it is x's."""
+    buffer = torch.randn(24)
+    launcher = launcher_of(kernel, lambda x: x[4:])
+    x, y = buffer[:20], torch.from_dlpack(buffer[4:24])
+    run(launcher, *[(x, y)] * 2)
+    x, y = torch.randn(20), torch.randn(20)
+    assert torch.equal(run(launcher, (x, y))[0], 2 * x[4:])
+
+
 def test_off_and_threads(kernel):
     launcher, x = launcher_of(kernel), torch.randn(5)
     with replay.off():

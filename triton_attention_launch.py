@@ -47,11 +47,12 @@ _enable_interpreter()
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c in one rounding, whatever Triton's default becomes
 
 import triton  # noqa: E402  the interpreter must be on first
+from torch._functorch.utils import unwrap_dead_wrappers  # noqa: E402
 from torch.nn.attention.bias import CausalBias, CausalVariant  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 import triton_attention_tuned as tuned  # noqa: E402
-from triton_attention_replay import float32_precision, note, off, recording, replayed  # noqa: E402
+from triton_attention_replay import allows_tf32, note, off, recording, replayed  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
@@ -81,7 +82,7 @@ def must_dispatch(args):
         return True
     for a in args:
         if type(a) is torch.Tensor or type(a) is torch.nn.Parameter:
-            if a.is_meta:
+            if a.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(a):
                 return True
         elif isinstance(a, torch.Tensor):
             return True
@@ -170,6 +171,7 @@ def differentiate(function, *args):
         return function.apply(*(a.view_as(a) if twice else a for a, twice in zip(args, again, strict=True)))
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return function.apply(*args)
+    args = unwrap_dead_wrappers(args)  # what torch.func.vjp saved, after it has returned
     if asks_gradient(args):
         # past Function.apply itself, which asks inspect for the signature of forward: 50 us
         return super(torch.autograd.Function, function).apply(*args)
@@ -308,7 +310,7 @@ def dot_precision(dtype):
     """
     if dtype != torch.float32 or INTERPRETED or not architecture().startswith("sm_"):
         return "ieee"
-    return "bf16x6" if float32_precision() == "highest" else "tf32"
+    return "tf32" if allows_tf32() else "bf16x6"
 
 
 # ---- arguments

@@ -87,12 +87,9 @@ def off():
         _off.pop()
 
 
-def float32_precision():
-    """"highest", or "high" or "medium" where PyTorch may multiply float32 on a GPU in TF32."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # allowed by torch.backends.cuda.matmul.fp32_precision, which this getter will not read
-        return "high"
+def allows_tf32():
+    """Whether PyTorch may multiply float32 on a GPU in TF32: what torch.set_float32_matmul_precision() sets too."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _here(device):
@@ -102,7 +99,7 @@ def _here(device):
 
 def _key(function, args, names):
     """(key, addresses of the tensors, their device), or None for a call that cannot be replayed."""
-    parts, addresses = [function, names, float32_precision()], []
+    parts, addresses = [function, names, allows_tf32(), torch.is_grad_enabled()], []
     device = None
     for a in args:
         if isinstance(a, torch.Tensor):
@@ -112,8 +109,8 @@ def _key(function, args, names):
             address = a.data_ptr()
             addresses.append(address)
             parts += (a.shape, a.stride(), a.dtype, address & 15)
-        elif isinstance(a, list):
-            parts.append(tuple(a))
+        elif isinstance(a, (tuple, list)):
+            parts += (a.__class__, *map(type, a), *a)
         else:
             parts += (a.__class__, a)  # True == 1 == 1.0, but not for a check
     if device is None or not _here(device):
@@ -138,9 +135,9 @@ def _record(function, args, kwargs):
 def _understand(recorder, tensors, out):
     """The Recording of what was watched, or False."""
     known = [*tensors, *recorder.fresh]
-    addresses = [t.data_ptr() for t in known]
     storages = [t.untyped_storage().data_ptr() for t in known]
-    inputs = {(a, s) for a, s in zip(addresses[: len(tensors)], storages, strict=False)}
+    places = [(t.data_ptr(), storage) for t, storage in zip(known, storages, strict=True)]
+    inputs = set(places[: len(tensors)])
     ambiguous = recorder.moves and len({s for _, s in inputs}) < len(inputs)  # two inputs of one storage, and slices
     if recorder.computes or ambiguous or not recorder.launches:
         return False
@@ -152,20 +149,20 @@ def _understand(recorder, tensors, out):
                 address, storage = a.data_ptr(), a.untyped_storage().data_ptr()
                 if address == 0:  # no elements
                     args[i] = 0
-                elif address in addresses:
-                    pointers.append((i, addresses.index(address), 0))
+                elif (address, storage) in places:
+                    pointers.append((i, places.index((address, storage)), 0))
                 elif storage in storages:
                     which = storages.index(storage)
-                    pointers.append((i, which, address - addresses[which]))
+                    pointers.append((i, which, address - places[which][0]))
                 else:
                     return False
             elif not (a is None or isinstance(a, (bool, int, float, str, torch.dtype))):
                 return False
         launches.append((run, [None if isinstance(a, torch.Tensor) else a for a in args], pointers))
     fresh = [(tuple(t.shape), t.stride(), t.dtype) for t in recorder.fresh]
-    places = {(t.data_ptr(), *what): i for i, (t, what) in enumerate(zip(recorder.fresh, fresh, strict=True))}
+    results_at = {(t.data_ptr(), *what): i for i, (t, what) in enumerate(zip(recorder.fresh, fresh, strict=True))}
     results = out if isinstance(out, tuple) else (out,)
-    returned = [places.get((t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)) for t in results]
+    returned = [results_at.get((t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)) for t in results]
     if None in returned:
         return False
     return Recording(fresh, returned if isinstance(out, tuple) else returned[0], launches)
