@@ -303,7 +303,7 @@ def compile_options(tile):
 
 
 def dot_precision(dtype):
-    """How a kernel multiplies float32: in TF32 if torch.get_float32_matmul_precision() allows it, else in full.
+    """How a kernel multiplies float32: in TF32 if torch.set_float32_matmul_precision() allowed it, else in full.
 
     In full, on NVIDIA GPUs, is a sum of six products of bfloat16, three of which make up a float32. (Three products of
     TF32 lose two bits, which is past the error that the tests allow.)

@@ -152,7 +152,7 @@ def attention_scores(
 
     Returns:
         [B, H, M, N] in q's dtype (under autocast, its dtype), accumulated in float32 (float64 for float64) and
-        rounded once. float32 follows torch.get_float32_matmul_precision(). Differentiable, also twice.
+        rounded once. float32 follows torch.set_float32_matmul_precision(). Differentiable, also twice.
 
     Raises:
         TypeError: an argument of another type or dtype. ValueError: a shape, a device, or a tile that does not fit.

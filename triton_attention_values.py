@@ -225,7 +225,7 @@ def attention_values(
     Returns:
         [B, H, M, Dv] in the dtype of v (under autocast, its dtype), accumulated in float32 (float64 for float64) and
         rounded once. A weight of exactly zero reads nothing: 0 * NaN and 0 * inf count as 0. float32 follows
-        torch.get_float32_matmul_precision(). Differentiable, also twice.
+        torch.set_float32_matmul_precision(). Differentiable, also twice.
 
     Raises:
         TypeError: an argument of another type or dtype. ValueError: a shape, a device, or a tile that does not fit.
