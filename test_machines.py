@@ -1,6 +1,7 @@
 """What depends on the machine: imports without a GPU, compiling for GPUs that are not here, what only a GPU shows."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -46,6 +47,11 @@ def test_float32_precision_by_either_interface(setting, tf32):
     code += "print(allows_tf32(), attention_scores(q, q)[0, 0, 0, 0].item())"
     run = run_python(code)
     assert run.stdout.split() == [str(tf32), "2.0"], run.stderr
+
+
+def test_every_module_is_installed():
+    listed = re.findall(r'"(triton_attention_\w+)"', (HERE / "pyproject.toml").read_text())
+    assert listed == sorted(path.stem for path in HERE.glob("triton_attention_*.py"))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="once, where CI runs")

@@ -23,12 +23,15 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_attention_checks import (
+    autocast, check_blocks, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape, check_sinks,
+    check_softcap, check_tensors, check_window,
+)
 from triton_attention_fused_backward import exact, fused_arguments, fused_backward_op
 from triton_attention_fused_bias import fused_bias_gradient_op
 from triton_attention_launch import (
-    DEVICE, INTERPRETED, autocast, check_blocks, check_dropout, check_flag, check_heads, check_mask, check_scale,
-    check_shape, check_sinks, check_softcap, check_tensors, check_window,
-    compile_options, define_op, differentiate, empty_heads, fold, launch, replayable, tile_for, unfold,
+    DEVICE, INTERPRETED, compile_options, define_op, differentiate, empty_heads, fold, launch, replayable, tile_for,
+    unfold,
 )
 from triton_attention_logits import exponential, key_range, load_pair, logits, steps, store_pair
 from triton_attention_tiles import (

@@ -17,9 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_attention_checks import (
+    autocast, check_blocks, check_flag, check_heads, check_scale, check_shape, check_tensors,
+)
 from triton_attention_launch import (
-    DEVICE, autocast, check_blocks, check_flag, check_heads, check_scale, check_shape, check_tensors,
-    compile_options, define_op, differentiate, dot_precision, fold, hopper, launch, must_dispatch, replayable,
+    DEVICE, compile_options, define_op, differentiate, dot_precision, fold, hopper, launch, must_dispatch, replayable,
     tile_for, unfold,
 )
 from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile, visible

@@ -13,11 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_attention_checks import check_blocks, check_dropout, check_mask, check_tensors
 from triton_attention_dropout import dropout
-from triton_attention_launch import (
-    DEVICE, INTERPRETED, check_blocks, check_dropout, check_mask, check_tensors,
-    define_op, differentiate, fold, launch, replayable, unfold,
-)
+from triton_attention_launch import DEVICE, INTERPRETED, define_op, differentiate, fold, launch, replayable, unfold
 from triton_attention_tiles import head_ptr, inverse_sum, load_tile, load_visible, split_program, store_tile, visible
 
 ONE_PASS = 16384  # keys of a row that fit the registers of a program; half as many in float64

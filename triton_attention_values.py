@@ -18,9 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_attention_checks import autocast, check_blocks, check_flag, check_heads, check_shape, check_tensors
 from triton_attention_launch import (
-    DEVICE, INTERPRETED, autocast, check_blocks, check_flag, check_heads, check_shape, check_tensors,
-    compile_options, define_op, differentiate, dot_precision, empty_heads, fold, launch, replayable, tile_for, unfold,
+    DEVICE, INTERPRETED, compile_options, define_op, differentiate, dot_precision, empty_heads, fold, launch,
+    replayable, tile_for, unfold,
 )
 from triton_attention_scores import Scores
 from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
