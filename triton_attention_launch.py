@@ -281,7 +281,7 @@ def tile_for(op, dtype, head_dim, causal, block_m=None, block_n=None) -> tuned.T
     if _forced:
         return _forced[-1]
     if INTERPRETED:
-        tile = tuned.INTERPRETED
+        tile = tuned.INTERPRETED._replace(BLOCK_D=16) if op in tuned.INTERPRETED_SLICED else tuned.INTERPRETED
     else:
         tile = _tuned(op, architecture(), dtype.itemsize * 8, head_dim, bool(causal))
     if block_m is None and block_n is None:

@@ -45,10 +45,10 @@ def rows_dot(a, a_at, b, b_at, acc, D: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a @ b^T of tiles of rows; a_at and b_at, (ptr, stride of a row, of a column, rows of the matrix, offsets of
     these rows), say where they came from.
 
-    A tile that stays in registers would fill them with its parts for the six products of bfloat16. So for those both
-    tiles are loaded again, a slice of the head dim at a time.
+    float32 is loaded again, a slice of the head dim at a time. A tile that stays in registers would fill them with its
+    parts for the six products of bfloat16; and a sum of slices is more exact than one of all, as PyTorch's is too.
     """
-    if PRECISION == "bf16x6":
+    if PRECISION == "bf16x6" or (PRECISION == "ieee" and a.dtype == tl.float32):
         SLICE: tl.constexpr = 16  # what a tensor core takes at once
         for start_d in range(0, a.shape[1], SLICE):
             offs_d = start_d + tl.arange(0, SLICE)
