@@ -50,7 +50,9 @@ def compile_ahead(module, function, calls):
             jobs.append((module, function, [a.dtype if isinstance(a, torch.Tensor) else a for a in args], constants))
     workers = min(max(1, (os.cpu_count() or 2) - 1), len(jobs))
     print(f"compiling {len(jobs)} tiles on {workers} cores", flush=True)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("forkserver")  # imports what takes seconds once, for all pools
+    context.set_forkserver_preload(["torch", "triton"])
+    pool = ProcessPoolExecutor(workers, context)
     try:
         for job in [pool.submit(compile_one, *job) for job in jobs]:
             job.result()
