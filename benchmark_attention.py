@@ -1,6 +1,6 @@
 """How fast are the three stages, all of attention and the layer, next to everybody else's for the same computation?
 
-    python3 benchmark_attention.py [--quick] [--mode fwd]      about three minutes on an H200, one without a GPU
+    python3 benchmark_attention.py [--quick] [--mode fwd]      three and a half minutes on an H100, one without a GPU
 
 Each stage against PyTorch's matmul or softmax; attention, forward and backward, against PyTorch's three operations,
 SDPA's backends, FlexAttention and FlashAttention; the layer against nn.MultiheadAttention.

@@ -1,6 +1,6 @@
 """Which tile is the fastest, BLOCK_M x BLOCK_N of one kernel?
 
-    python3 benchmark_block_sizes.py --kernel scores [--full] [--save] [--autotune]      half a minute on an H200
+    python3 benchmark_block_sizes.py --kernel scores [--full] [--save] [--autotune]      40 s on an H100
 
 Every legal tile is checked and timed; --full crosses them with warps, pipeline stages and registers a thread. The best
 few then take turns, and --save writes the winner into triton_attention_tuned.py for this GPU: that is how a new GPU is
@@ -146,17 +146,31 @@ def shapes(args, interpreted):
     return (B, H, S, (args.head_dim or [64])[0], (args.dtype or ["bfloat16"])[0], bool(args.causal))
 
 
+def found_tiles(name, args, interpreted):
+    """The tiles of a kernel that the options ask for."""
+    sizes = INTERPRETED if interpreted else QUICK if args.quick else SWEEP
+    return tiles(KERNELS[name], shapes(args, interpreted), sizes, args.full)
+
+
+def compile_missing(names, args):
+    """Compile what will be measured of some kernels, all at once, on every core."""
+    known = benchmark_results.saved_points(args, SCRIPT)
+
+    def calls():
+        for name in names:
+            kernel, shape = KERNELS[name], shapes(args, False)
+            label = benchmark_providers.label(*shape)
+            for tile in found_tiles(name, args, False):
+                if wanted(name_of(tile), args) and (name, label, name_of(tile)) not in known:
+                    yield kernel, with_tile(kernel, stage_of(kernel, shape, args.seed), tile)
+
+    benchmark_tuning.compile_ahead(calls())
+
+
 def rows(name, args, interpreted):
     """A Case a tile, after one for the call without a tile."""
     kernel, shape = KERNELS[name], shapes(args, interpreted)
-    sizes = INTERPRETED if interpreted else QUICK if args.quick else SWEEP
-    found = tiles(kernel, shape, sizes, args.full)
-    label, known = benchmark_providers.label(*shape), benchmark_results.saved_points(args, SCRIPT)
-    missing = [t for t in found if wanted(name_of(t), args) and (name, label, name_of(t)) not in known]
-    if not interpreted and missing:
-        stage = stage_of(kernel, shape, args.seed)
-        calls = [with_tile(kernel, stage, tile) for tile in missing]
-        benchmark_tuning.compile_ahead(kernel.module, kernel.function, calls)
+    found = found_tiles(name, args, interpreted)
     yield case(name, kernel, shape, args, {DEFAULT: None}, benchmark_providers.about(*shape) | {"kernel": name})
     for tile in found:
         about = benchmark_providers.about(*shape) | {"kernel": name, **tile._asdict(), "chosen": tile == found[0]}
@@ -168,6 +182,8 @@ def sweep(name, args, watch):
     kernel, shape = KERNELS[name], shapes(args, watch is None)
     label = benchmark_providers.label(*shape)
     others = lambda row: row.name != name or row.case.removesuffix(IN_TURNS) != label  # noqa: E731
+    if watch:
+        compile_missing([name], args)
     found = benchmarking.run(SCRIPT, rows(name, args, watch is None), args, watch, keep=others)
     found = [row for row in found if (row.name, row.case) == (name, label)]
     best = sorted((row for row in found if row.ms and row.provider != DEFAULT), key=lambda row: row.ms)

@@ -142,7 +142,7 @@ def seq_lengths(info, rows, ink):
         ax.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
         label_ends(ax, ends, ink)
         if memory_ends and what == "ms":
-            ax.text(0.03, 0.96, "× the next S is out of memory", transform=ax.transAxes, va="top", fontsize=8.5)
+            ax.text(0.97, 0.04, "× the next S is out of memory", transform=ax.transAxes, ha="right", fontsize=8.5)
     fig.suptitle(f"Attention over the sequence length S, {first[1]}", x=0.01, ha="left", fontsize=11.5, weight="bold")
     return fig
 

@@ -1,6 +1,6 @@
 """How does the time of each kernel depend on its tile? Draws heatmap.png, BLOCK_M x BLOCK_N.
 
-    python3 benchmark_heatmap.py [--plot]      a minute or two on an H200
+    python3 benchmark_heatmap.py [--plot]      two minutes on an H100
 
 Measures what results/<gpu>/benchmark_block_sizes.json lacks, as benchmark_block_sizes.py does, and draws it: the tile
 of the tuned table outlined, hatched what does not fit, crossed what is wrong. Only times of a GPU are drawn.
@@ -24,6 +24,8 @@ def main():
     args.full, args.resume, wrong = False, True, False
     if not args.plot:
         watch = benchmarking.stopwatch(args)
+        if watch:
+            benchmark_block_sizes.compile_missing(SWEEP, args)
         found = benchmarking.run(benchmark_block_sizes.SCRIPT, rows(args, watch), args, watch)
         wrong = any(row.note == "WRONG" for row in found)
         for name in SWEEP if watch else ():

@@ -1,6 +1,6 @@
 """How do time and memory of attention grow with the sequence, and where does the S x S matrix stop fitting?
 
-    python3 benchmark_seq_lengths.py [--quick] [--mode fwd] [--causal]      about two minutes on an H200
+    python3 benchmark_seq_lengths.py [--quick] [--mode fwd] [--causal]      two minutes on an H100
 
 Every provider over S = 128 ... 32768 at constant batch and heads. A provider that stores S x S ends where the GPU's
 memory does: that point has a row with the reason. The exponent is the slope of log(time) over log(S) at the end.

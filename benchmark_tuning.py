@@ -39,15 +39,18 @@ def compile_one(module, function, args, constants):
         kernel.warmup(*args, grid=(1,), **constants)
 
 
-def compile_ahead(module, function, calls):
-    """Compile what the calls launch, a process a core; a tensor travels as its dtype."""
+def compile_ahead(calls):
+    """Compile what the calls [(kernel, call)] launch, a process a core; a tensor travels as its dtype."""
     import torch
 
     jobs = []
-    for call in calls:
+    for kernel, call in calls:
         with contextlib.suppress(ValueError):  # a tile that does not fit says so in its row
-            _, args, constants = captured(module, call)
-            jobs.append((module, function, [a.dtype if isinstance(a, torch.Tensor) else a for a in args], constants))
+            _, args, constants = captured(kernel.module, call)
+            dtypes = [a.dtype if isinstance(a, torch.Tensor) else a for a in args]
+            jobs.append((kernel.module, kernel.function, dtypes, constants))
+    if not jobs:
+        return
     workers = min(max(1, (os.cpu_count() or 2) - 1), len(jobs))
     print(f"compiling {len(jobs)} tiles on {workers} cores", flush=True)
     context = multiprocessing.get_context("forkserver")  # imports what takes seconds once, for all pools

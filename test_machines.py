@@ -104,7 +104,7 @@ def test_gpu_scores_hopper(dtype):
         k = torch.randn(B, Hk, N + 1, D + 8, device=DEVICE, dtype=dtype)[:, :, 1:, :D]
         for scale in (0.3, -2.0, 0.0):
             compare(kernels.scores_hopper, torch_scores, q, k, scale)
-    q, k = (torch.randn(2, 8, 2048, 64, device=DEVICE, dtype=dtype) for _ in range(2))
+    q, k = (torch.randn(4, 16, 2048, 64, device=DEVICE, dtype=dtype) for _ in range(2))
     assert kernels.applies(q, k)
     assert not any(kernels.applies(*pair) for pair in ((q, k[:, :, :-1]), (q[..., 1:], k[..., 1:]), (q.mT, k.mT)))
     assert torch.equal(attention_scores(q, k), attention_scores(q, k, block_m=128))
