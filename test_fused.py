@@ -82,7 +82,8 @@ def test_scores_far_below_zero(dtype):
 def test_few_queries_split_the_keys(M, N, heads):
     H, Hk = heads
     dtype = {(1, 700): F32, (1, 130): F16}.get((M, N), BF16)
-    q, k, v = (randn(2, h, n, 40, dtype=dtype) for h, n in ((H, M), (Hk, N), (Hk, N)))
+    B = 2 if dtype == F32 else 1  # an error of a single row of float32 is chance
+    q, k, v = (randn(B, h, n, 40, dtype=dtype) for h, n in ((H, M), (Hk, N), (Hk, N)))
     hidden = torch.rand(1, 1, M, N, device=DEVICE) > 0.2
     hidden[..., : N // 2] = False  # whole splits see nothing
     compare(fused, torch_fused, q, k, v)
