@@ -107,7 +107,9 @@ def test_gpu_scores_hopper(dtype):
     q, k = (torch.randn(4, 16, 2048, 64, device=DEVICE, dtype=dtype) for _ in range(2))
     assert kernels.applies(q, k)
     assert not any(kernels.applies(*pair) for pair in ((q, k[:, :, :-1]), (q[..., 1:], k[..., 1:]), (q.mT, k.mT)))
-    assert torch.equal(attention_scores(q, k), attention_scores(q, k, block_m=128))
+    for _ in range(4):  # the third is a replay
+        q = torch.randn_like(q)
+        assert torch.equal(attention_scores(q, k), attention_scores(q, k, block_m=128))
 
 
 @GPU

@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ class Doubling:
 
     def __getitem__(self, grid):
         def run(x, stride, y, n, FACTOR):
-            self.launches.append("replay" if isinstance(x, int) else "full")
+            x = getattr(x, "base", x)  # of a descriptor
+            self.launches.append("full" if isinstance(x, torch.Tensor) else "replay")
             x, y = (t if isinstance(t, int) else t.data_ptr() for t in (x, y))
             x, y = (ctypes.cast(address, ctypes.POINTER(ctypes.c_float)) for address in (x, y))
             for i in range(n):
@@ -39,11 +41,11 @@ def kernel(monkeypatch):
     return Doubling()
 
 
-def launcher_of(kernel, before=lambda x: x, after=lambda y: y):
+def launcher_of(kernel, before=lambda x: x, after=lambda y: y, describe=lambda x: x):
     def launch(x, *others, factor=2.0):
         x = before(x)
         y = x.new_empty(len(x))
-        args = (x, x.stride(0), y, len(x))
+        args = (describe(x), x.stride(0), y, len(x))
         replay.note(kernel, kernel[(1,)](*args, FACTOR=factor), 1, args, {"FACTOR": factor})
         return after(y)
 
@@ -68,6 +70,20 @@ def test_slices_of_the_arguments_and_tuples(kernel):
     outs = run(launcher_of(kernel, lambda x: x[3:, 1], lambda y: (y, None, y)[::2]), *xs)
     assert kernel.launches[2:] == ["replay"] * 2
     assert all(torch.equal(out[1], 2 * x[3:, 1]) for out, x in zip(outs, xs, strict=True))
+
+
+def test_descriptors_are_filled_in_again(kernel):
+    given = []
+
+    def describe(x):
+        given.append(SimpleNamespace(base=x, shape=list(x.shape)))  # as Triton's TensorDescriptor
+        return given[-1]
+
+    xs = [torch.randn(9) for _ in range(4)]
+    outs = run(launcher_of(kernel, lambda x: x[4:], describe=describe), *xs)
+    assert kernel.launches == ["full"] * 2 + ["replay"] * 2
+    assert all(torch.equal(out, 2 * x[4:]) for out, x in zip(outs, xs, strict=True))
+    assert [d.base.data_ptr() for d in given] == [x[4:].data_ptr() for x in xs[:2]]
 
 
 @pytest.mark.parametrize("before,after", [

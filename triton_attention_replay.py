@@ -13,6 +13,7 @@ and runs in full each time. So is every call that torch.compile, vmap or another
 """
 
 import contextlib
+import copy
 import threading
 
 import torch
@@ -49,7 +50,8 @@ class _Recorder(TorchDispatchMode):
 
 class Recording:
     """What a launcher did: `fresh` describes the memory that it took, `returned` which of it are its results, and
-    `launches` are (compiled kernel on its grid, arguments, [(argument, which address, bytes from there)])."""
+    `launches` are (compiled kernel on its grid, arguments, [(argument, which address, bytes from there)]). Among the
+    arguments, a descriptor stands for those of other memory."""
 
     def __init__(self, fresh, returned, launches):
         self.fresh, self.returned, self.launches = fresh, returned, launches
@@ -60,9 +62,24 @@ class Recording:
         for run, args, pointers in self.launches:
             args = args.copy()
             for i, which, offset in pointers:
-                args[i] = addresses[which] + offset
+                address = addresses[which] + offset
+                args[i] = address if args[i] is None else _moved(args[i], address)
             run(*args)
         return fresh[self.returned] if isinstance(self.returned, int) else tuple([fresh[i] for i in self.returned])
+
+
+class _Memory:
+    """All that Triton's launcher asks of the tensor under a descriptor: where it is."""
+
+    def __init__(self, address):
+        self.data_ptr = lambda: address
+
+
+def _moved(descriptor, address):
+    """A descriptor of the same tiles of other memory."""
+    descriptor = copy.copy(descriptor)
+    descriptor.base = _Memory(address)
+    return descriptor
 
 
 def recording():
@@ -145,8 +162,10 @@ def _understand(recorder, tensors, out):
     for run, args in recorder.launches:
         pointers = []
         for i, a in enumerate(args):
-            if isinstance(a, torch.Tensor):
-                address, storage = a.data_ptr(), a.untyped_storage().data_ptr()
+            base = a if isinstance(a, torch.Tensor) else getattr(a, "base", None)  # of a TensorDescriptor
+            if base is not None:
+                args[i] = None if base is a else _moved(a, 0)
+                address, storage = base.data_ptr(), base.untyped_storage().data_ptr()
                 if address == 0:  # no elements
                     args[i] = 0
                 elif (address, storage) in places:
@@ -158,7 +177,7 @@ def _understand(recorder, tensors, out):
                     return False
             elif not (a is None or isinstance(a, (bool, int, float, str, torch.dtype))):
                 return False
-        launches.append((run, [None if isinstance(a, torch.Tensor) else a for a in args], pointers))
+        launches.append((run, args, pointers))
     fresh = [(tuple(t.shape), t.stride(), t.dtype) for t in recorder.fresh]
     results_at = {(t.data_ptr(), *what): i for i, (t, what) in enumerate(zip(recorder.fresh, fresh, strict=True))}
     results = out if isinstance(out, tuple) else (out,)
