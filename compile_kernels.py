@@ -112,7 +112,7 @@ def fused_launches(dtype, D, quick):
     for mask, right, kind in ((None, 0, "causal"), (bias, None, "bias"))[: 1 if quick else 2]:
         arguments = (q, k, k, mask, None, None, *scalars, None, right, None, None)
         yield f"fused {name} {kind}", fused_op, arguments
-        arguments = (q, None, q, k, k, mask, None, q, lse, stats, *scalars, None, right, False)
+        arguments = (q, None, q, k, k, mask, None, None, q, lse, stats, *scalars, None, right)
         yield f"fused backward {name} {kind}", fused_backward_op, arguments
     if quick and dtype != torch.float32:
         return

@@ -69,11 +69,11 @@ def test_opcheck():
         options = (0.5, 0.0, 0.0, None, 0)
         inputs = (q, k, k, bias, None, seed)
         outputs = fused_op(*inputs, *options, None, None)
-        saved = (q, k, k, bias, seed, *outputs)
-        record = fused_backward_op(q, None, *saved, *options, False)[3]
+        saved = (q, k, k, bias, None, seed, *outputs)
+        record = fused_backward_op(q, None, *saved, *options)[3]
         cases += [
-            (fused_op, (*inputs, *options, 16, None)), (fused_backward_op, (q, None, *saved, *options, False)),
-            (fused_bias_gradient_op, (q, *saved[:5], record, [1, 4, 5, 7], F32, *options)),
+            (fused_op, (*inputs, *options, 16, None)), (fused_backward_op, (q, None, *saved, *options)),
+            (fused_bias_gradient_op, (q, *saved[:4], seed, record, [1, 4, 5, 7], F32, *options)),
         ]
     for op, args in cases:
         torch.library.opcheck(op.op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))

@@ -34,8 +34,9 @@ from triton_attention_launch import (
     unfold,
 )
 from triton_attention_logits import exponential, key_range, load_pair, logits, steps, store_pair
+from triton_attention_parts import split
 from triton_attention_tiles import (
-    dot, head_ptr, inverse_sum, keep_mask, load_tile, rows_dot, split_program, store_tile,
+    head_ptr, inverse_sum, keep_mask, load_parts, load_tile, product, rows_dot, signed, split_program, store_tile, whole,
 )
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
@@ -57,8 +58,8 @@ def _walk(
     for at in range(first, last, BLOCK_N):
         start_n = at + tl.where(at < bounds[1], 0, gap) if MASKED else at
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_tile(k_ptr, k_strides, (N, D), offs_n, offs_d, 0.0, MASKED, D != BLOCK_D)
-        zeros = tl.zeros([q.shape[0], BLOCK_N], acc.dtype)
+        k = load_parts(k_ptr, k_strides, (N, D), offs_n, offs_d, PRECISION, MASKED, D != BLOCK_D)
+        zeros = tl.zeros([offs_m.shape[0], BLOCK_N], acc.dtype)
         qk = rows_dot(q, q_at, k, (k_ptr, k_strides[0], k_strides[1], N, offs_n), zeros, D, PRECISION)
         x, raw = logits(
             qk, offs_m[:, None], offs_n[None, :], M, N, left, right, mask_ptr, mask_strides, scale,
@@ -71,8 +72,8 @@ def _walk(
         l_i = l_i * alpha + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N), p, 0.0)
-        v = load_tile(v_ptr, v_strides, (N, DV), offs_n, offs_e, 0.0, MASKED, DV != BLOCK_DV)
-        acc = dot(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
+        v = load_parts(v_ptr, v_strides, (N, DV), offs_n, offs_e, PRECISION, MASKED, DV != BLOCK_DV)
+        acc = product(p, v, acc * alpha[:, None], PRECISION)
         m_i = m_new
     return acc, m_i, l_i
 
@@ -83,15 +84,15 @@ def _walk_one_by_one(
     m_i, begin, end, M, N, left, right, scale, dropout_p,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    DROPOUT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """acc of a few rows, without the products 0 * NaN of a dot; m_i is their final maximum."""
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    q = load_tile(q_ptr, q_strides, (M, D), offs_m, offs_d).to(m_i.dtype) * SIGN
+    q = whole(load_parts(q_ptr, q_strides, (M, D), offs_m, offs_d, PRECISION), PRECISION).to(m_i.dtype) * SIGN
     acc = tl.zeros([offs_m.shape[0], BLOCK_DV], m_i.dtype)
     for n in range(begin, end):
         offs_n = n + tl.arange(0, 1)
-        k = load_tile(k_ptr, k_strides, (N, D), offs_n, offs_d).to(m_i.dtype)
+        k = whole(load_parts(k_ptr, k_strides, (N, D), offs_n, offs_d, PRECISION), PRECISION).to(m_i.dtype)
         x, raw = logits(
             tl.sum(q * k, 1)[:, None], offs_m[:, None], offs_n[None, :], M, N, left, right, mask_ptr, mask_strides,
             scale, True, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
@@ -102,7 +103,7 @@ def _walk_one_by_one(
             keep = keep_mask(seed, off_b, off_h, offs_m, n // 16 * 16, dropout_p, 16)
             here = tl.sum(tl.where(tl.arange(0, 16)[None, :] == n % 16, keep, 0).to(tl.int32), 1)
             p = tl.where(here[:, None] > 0, p, 0.0)
-        v = load_tile(v_ptr, v_strides, (N, DV), offs_n, offs_e).to(m_i.dtype)
+        v = whole(load_parts(v_ptr, v_strides, (N, DV), offs_n, offs_e, PRECISION), PRECISION).to(m_i.dtype)
         acc += tl.where(p == 0.0, 0.0, p * v)
     return acc
 
@@ -142,9 +143,9 @@ def _fwd_kernel(
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    q = load_tile(q_ptr, (stride_qm, stride_qd), (M, D), offs_m, offs_d)
+    q = load_parts(q_ptr, (stride_qm, stride_qd), (M, D), offs_m, offs_d, PRECISION)
     if SIGN != 1:  # the maximum is taken before the scale, so the scale must not be negative
-        q = (q * SIGN).to(q.dtype)
+        q = signed(q, SIGN)
     q_at = (q_ptr, stride_qm, stride_qd, M, offs_m)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
     m_i = tl.full([BLOCK_M], float("-inf"), ACC)
@@ -183,7 +184,7 @@ def _fwd_kernel(
                 acc_few = _walk_one_by_one(
                     q_ptr, (stride_qm, stride_qd), k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides,
                     seed, off_b, off_h, start_m + chosen, m_few, bounds[0], bounds[3], M, N, left, right, scale,
-                    dropout_p, D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT,
+                    dropout_p, D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PRECISION,
                     BLOCK_D, BLOCK_DV,
                 )
                 store_tile(
@@ -275,6 +276,8 @@ def fused_op(
     splits = _splits(programs, N, tile.BLOCK_N, q.device)
     chunk = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
     splits = triton.cdiv(N, chunk)
+    if constants["PRECISION"] == "bf16x6" and M > 16:
+        q, k, v = split(q), split(k), split(v)
     part, part_stats = o[None], stats
     if splits > 1:
         part, part_stats = lse.new_empty(splits, *o.shape), lse.new_empty(splits, *lse.shape, 2)
@@ -339,8 +342,8 @@ class FusedBackward(torch.autograd.Function):
     ):
         full = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
         options = (scale, softcap, dropout_p, left, right)
-        has_sinks, dmask, dsinks = sinks is not None, None, None
-        dq, dk, dv, record = fused_backward_op(do, dlse, q, k, v, full, seed, o, lse, stats, *options, has_sinks)
+        dmask, dsinks = None, None
+        dq, dk, dv, record = fused_backward_op(do, dlse, q, k, v, full, sinks, seed, o, lse, stats, *options)
         if needs_dmask:
             dmask = fused_bias_gradient_op(do, q, k, v, full, seed, record, list(mask.shape), mask.dtype, *options)
         if needs_dsinks:  # the sink's weight e^(sink - lse) has no value: dP = 0, so its gradient is -P delta

@@ -20,8 +20,10 @@ import triton.language as tl
 
 from triton_attention_launch import INTERPRETED, compile_options, define_op, dot_precision, launch, tile_for
 from triton_attention_logits import exponential, key_range, load_pair, logits, query_range, steps, store_pair
+from triton_attention_parts import split
 from triton_attention_tiles import (
-    dot, head_ptr, inverse_sum, keep_mask, load_tile, rows_dot, split_program, store_tile,
+    dot, head_ptr, inverse_sum, keep_mask, load_parts, load_tile, map_finite, product, rows_dot, signed, split_program,
+    store_tile, whole,
 )
 
 
@@ -91,25 +93,26 @@ def dscores(
 
 @triton.jit
 def _walk_keys(
-    acc, q, q_at, do, do_at, rows, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed,
-    off_b, off_h, offs_m, bounds, M, N, left, right, scale, dropout_p, keep_factor, SUM: tl.constexpr,
+    dq, pk, left_over, q, q_at, do, do_at, rows, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed,
+    off_b, off_h, offs_m, bounds, M, N, left, right, scale, dropout_p, keep_factor,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """acc plus dS K, or the row sums of dS, over some keys; rows are (top, inverse, delta, rest)."""
+    """(dq + dS K, pk + P K, left_over + rowsum(dS without dlse)) over some keys, the last two only if EXACT;
+    rows are (top, inverse, delta, dlse)."""
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     first, last, gap = steps(bounds, MASKED)
     for at in range(first, last, BLOCK_N):
         start_n = at + tl.where(at < bounds[1], 0, gap) if MASKED else at
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_tile(k_ptr, k_strides, (N, D), offs_n, offs_d, 0.0, MASKED, D != BLOCK_D)
-        v = load_tile(v_ptr, v_strides, (N, DV), offs_n, offs_e, 0.0, MASKED, DV != BLOCK_DV)
-        if MASKED and not SUM and (LEFT or RIGHT or HAS_MASK or HAS_BIAS):
+        k = load_parts(k_ptr, k_strides, (N, D), offs_n, offs_d, PRECISION, MASKED, D != BLOCK_D)
+        v = load_parts(v_ptr, v_strides, (N, DV), offs_n, offs_e, PRECISION, MASKED, DV != BLOCK_DV)
+        if MASKED and (LEFT or RIGHT or HAS_MASK or HAS_BIAS):
             # NaN or inf in a hidden key, times its dS of 0, would be NaN. (Who sees a NaN has it in lse already.)
-            k = tl.where(tl.abs(k) < float("inf"), k, 0.0).to(k.dtype)
-        zeros = tl.zeros([q.shape[0], BLOCK_N], acc.dtype)
+            k = map_finite(k, PRECISION)
+        zeros = tl.zeros([offs_m.shape[0], BLOCK_N], dq.dtype)
         qk = rows_dot(q, q_at, k, (k_ptr, k_strides[0], k_strides[1], N, offs_n), zeros, D, PRECISION)
         dp = rows_dot(do, do_at, v, (v_ptr, v_strides[0], v_strides[1], N, offs_n), zeros, DV, PRECISION)
         p, tanh = probs(
@@ -119,12 +122,16 @@ def _walk_keys(
         if DROPOUT:
             keep = keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N)
             dp = tl.where(keep, dp * keep_factor, 0.0)
-        ds_logits, ds = dscores(p, dp, tanh, rows[2], rows[3], 0, MASKED, SOFTCAP, EXACT)
-        if SUM:
-            acc += tl.sum(ds_logits, 1)
-        else:
-            acc = dot(ds.to(k.dtype), k, acc, PRECISION)
-    return acc
+        ds_logits, ds = dscores(p, dp, tanh, rows[2], rows[3], 0, MASKED, SOFTCAP, False)
+        if EXACT:
+            left_over += tl.sum(ds_logits, 1)
+            if SOFTCAP > 0.0:
+                p *= 1.0 - tanh * tanh
+            if HAS_DLSE:
+                ds += p * rows[3][:, None]
+            pk = dot(p.to(k[0].dtype), k[0], pk, "ieee" if PRECISION == "bf16x6" else PRECISION)
+        dq = product(ds, k, dq, PRECISION)
+    return dq, pk, left_over
 
 
 @triton.jit(do_not_specialize=["H", "GROUP", "M", "N", "left", "right"])
@@ -134,7 +141,7 @@ def _dq_kernel(
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
     o_ptr, stride_ob, stride_oh, stride_om, stride_od,
-    mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
+    mask_ptr, stride_ab, stride_ah, stride_am, stride_an, sinks_ptr, stride_xh,
     lse_ptr, stats_ptr, dlse_ptr, record_ptr, dq_ptr, stride_rb, stride_rh, stride_rm, stride_rd,
     seed_ptr, scale, dropout_p, keep_factor, H, GROUP, M, N, left, right,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
@@ -163,10 +170,10 @@ def _dq_kernel(
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    q = load_tile(q_ptr, (stride_qm, stride_qd), (M, D), offs_m, offs_d)
+    q = load_parts(q_ptr, (stride_qm, stride_qd), (M, D), offs_m, offs_d, PRECISION)
     if SIGN != 1:
-        q = (q * SIGN).to(q.dtype)
-    do = load_tile(do_ptr, (stride_gm, stride_gd), (M, DV), offs_m, offs_e)
+        q = signed(q, SIGN)
+    do = load_parts(do_ptr, (stride_gm, stride_gd), (M, DV), offs_m, offs_e, PRECISION)
     q_at = (q_ptr, stride_qm, stride_qd, M, offs_m)
     do_at = (do_ptr, stride_gm, stride_gd, M, offs_m)
     k_strides, v_strides = (stride_kn, stride_kd), (stride_vn, stride_vd)
@@ -175,36 +182,29 @@ def _dq_kernel(
     TENSOR: tl.constexpr = HAS_MASK or HAS_BIAS
     bounds = key_range(start_m, 0, N, left, right, LEFT, RIGHT, TENSOR, BLOCK_M, BLOCK_N)
 
-    delta = tl.sum(do.to(ACC) * o.to(ACC), 1)
-    rest = tl.zeros([BLOCK_M], ACC)
-    if EXACT:  # a walk of its own, for what rounding leaves over: much, where one key has almost all of the weight
-        if HAS_SINKS:  # the rest is rowsum(P * (dP - delta)) where P sums to 1
-            delta = rest
-        more = rest
-        for masked in tl.static_range(1 if TENSOR else 0, 2):
-            more = _walk_keys(
-                more, q, q_at, do, do_at, (top, inverse, delta, rest), k_ptr, k_strides, v_ptr, v_strides,
-                mask_ptr, (stride_am, stride_an), seed, off_b, off_h, offs_m, bounds,
-                M, N, left, right, scale, dropout_p, keep_factor, True,
-                D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
-                PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
-            )
-        rest = more
+    delta = tl.sum(whole(do, PRECISION).to(ACC) * o.to(ACC), 1)
+    dlse, rest = tl.zeros([BLOCK_M], ACC), tl.zeros([BLOCK_M], ACC)
     if HAS_DLSE:
         dlse = tl.load(dlse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
-        delta, rest = delta - (0.0 if EXACT else dlse), rest - (dlse if EXACT else 0.0)
-    store_pair(record_ptr, 2 * (row + offs_m), top, inverse, offs_m < M)
-    store_pair(record_ptr, 2 * (row + offs_m) + 1, delta, rest, offs_m < M)
-
+        if not EXACT:
+            delta -= dlse
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    pk = dq
     for masked in tl.static_range(1 if TENSOR else 0, 2):
-        dq = _walk_keys(
-            dq, q, q_at, do, do_at, (top, inverse, delta, rest), k_ptr, k_strides, v_ptr, v_strides,
+        dq, pk, rest = _walk_keys(
+            dq, pk, rest, q, q_at, do, do_at, (top, inverse, delta, dlse), k_ptr, k_strides, v_ptr, v_strides,
             mask_ptr, (stride_am, stride_an), seed, off_b, off_h, offs_m, bounds,
-            M, N, left, right, scale, dropout_p, keep_factor, False,
-            D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
+            M, N, left, right, scale, dropout_p, keep_factor,
+            D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, HAS_DLSE, SOFTCAP, SCALED, DROPOUT, EXACT,
             PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )
+    if EXACT:  # rowsum(P * dP) less what rounding made of it in delta: much, where one key has almost all of the weight
+        if HAS_SINKS:  # then P has a sum of 1 less the sink's weight
+            rest -= delta * tl.exp(tl.load(sinks_ptr + off_h * stride_xh).to(ACC) - top) * inverse
+        dq -= rest[:, None] * pk
+        rest -= dlse
+    store_pair(record_ptr, 2 * (row + offs_m), top, inverse, offs_m < M)
+    store_pair(record_ptr, 2 * (row + offs_m) + 1, delta, rest, offs_m < M)
     store_tile(dq_ptr, (stride_rm, stride_rd), (M, D), offs_m, offs_d, dq * (scale * SIGN))
 
 
@@ -231,10 +231,12 @@ def _walk_queries(
             start_m += tl.where(start_m < bounds[1], 0, gap)
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q_head = head_ptr(q_ptr, q_strides[0], q_strides[1], off_b, off_h)
-        q = load_tile(q_head, (q_strides[2], q_strides[3]), (M, D), offs_m, offs_d, 0.0, MASKED, D != BLOCK_D)
+        q = load_parts(q_head, (q_strides[2], q_strides[3]), (M, D), offs_m, offs_d, PRECISION, MASKED, D != BLOCK_D)
         q_at = (q_head, q_strides[2], q_strides[3], M, offs_m)
         do_head = head_ptr(do_ptr, do_strides[0], do_strides[1], off_b, off_h)
-        do = load_tile(do_head, (do_strides[2], do_strides[3]), (M, DV), offs_m, offs_e, 0.0, MASKED, DV != BLOCK_DV)
+        do = load_parts(
+            do_head, (do_strides[2], do_strides[3]), (M, DV), offs_m, offs_e, PRECISION, MASKED, DV != BLOCK_DV
+        )
         do_at = (do_head, do_strides[2], do_strides[3], M, offs_m)
         row = (off_b.to(tl.int64) * H + off_h) * M
         top, inverse, delta, rest = load_record(record_ptr, row, offs_m, M)
@@ -251,12 +253,12 @@ def _walk_queries(
         if DROPOUT:
             keep = tl.trans(keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N).to(tl.int32)) > 0
             kept = tl.where(keep, p_t * keep_factor, 0.0)
-        dv = dot(kept.to(do.dtype), do, dv, PRECISION)  # before dP: frees the registers that hold P as an operand
+        dv = product(kept, do, dv, PRECISION)  # before dP: frees the registers that hold P as an operand
         dp_t = rows_dot(v, v_at, do, do_at, zeros, DV, PRECISION)
         if DROPOUT:
             dp_t = tl.where(keep, dp_t * keep_factor, 0.0)
         _, ds_t = dscores(p_t, dp_t, tanh, delta, rest, 1, MASKED, SOFTCAP, EXACT)
-        dk = dot(ds_t.to(q.dtype), q, dk, PRECISION)
+        dk = product(ds_t, q, dk, PRECISION)
     return dk, dv
 
 
@@ -290,10 +292,10 @@ def _dkdv_kernel(
 
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    k = load_tile(k_ptr, (stride_kn, stride_kd), (N, D), offs_n, offs_d)
+    k = load_parts(k_ptr, (stride_kn, stride_kd), (N, D), offs_n, offs_d, PRECISION)
     if SIGN != 1:
-        k = (k * SIGN).to(k.dtype)
-    v = load_tile(v_ptr, (stride_vn, stride_vd), (N, DV), offs_n, offs_e)
+        k = signed(k, SIGN)
+    v = load_parts(v_ptr, (stride_vn, stride_vd), (N, DV), offs_n, offs_e, PRECISION)
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
 
@@ -348,20 +350,21 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
     return q, v, mask, strides, scalars, constants
 
 
-def _fused_gradients(do, dlse, q, k, v, mask, seed, o, lse, stats, *_):
+def _fused_gradients(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lse.new_empty(*lse.shape, 4)
 
 
 @define_op("fused_backward", fake=_fused_gradients, wide=(3,))
 def fused_backward_op(
     do: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    mask: torch.Tensor | None, seed: torch.Tensor | None, o: torch.Tensor, lse: torch.Tensor, stats: torch.Tensor,
-    scale: float, softcap: float, dropout_p: float, left: int | None, right: int | None, has_sinks: bool,
+    mask: torch.Tensor | None, sinks: torch.Tensor | None, seed: torch.Tensor | None, o: torch.Tensor,
+    lse: torch.Tensor, stats: torch.Tensor, scale: float, softcap: float, dropout_p: float, left: int | None,
+    right: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dQ, dK, dV, record [B, H, M, 4] of each query, see load_record) of do like O, dlse like lse, and what fused_op
     took and returned."""
     (B, H, M), (Hk, N) = q.shape[:3], k.shape[1:3]
-    dq, dk, dv, record = outputs = _fused_gradients(do, dlse, q, k, v, mask, seed, o, lse, stats)
+    dq, dk, dv, record = outputs = _fused_gradients(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats)
     if B * H * M * N == 0:
         for t in outputs:
             t.zero_()
@@ -369,16 +372,19 @@ def fused_backward_op(
     lse, stats = lse.contiguous(), stats.contiguous()  # which vmap may have expanded
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     width, variant = max(constants["D"], constants["DV"]), "" if mask is None else ", masked"
-    tile = tile_for(f"fused dq{variant}", q.dtype, width, right is not None)
+    dtype = q.dtype
+    if constants["PRECISION"] == "bf16x6":
+        do, q, k, v = split(do), split(q), split(k), split(v)
+    tile = tile_for(f"fused dq{variant}", dtype, width, right is not None)
     launch(
         _dq_kernel, B * H * triton.cdiv(M, tile.BLOCK_M),
         do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(), mask, *mask_strides,
-        lse, stats, None if dlse is None else dlse.contiguous(), record, dq, *dq.stride(),
+        sinks, 0 if sinks is None else sinks.stride(0), lse, stats, None if dlse is None else dlse.contiguous(), record, dq, *dq.stride(),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
-        **constants, HAS_SINKS=has_sinks, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        **constants, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         **compile_options(tile),
     )
-    tile = tile_for(f"fused dkdv{variant}", q.dtype, width, right is not None)
+    tile = tile_for(f"fused dkdv{variant}", dtype, width, right is not None)
     launch(
         _dkdv_kernel, B * Hk * triton.cdiv(N, tile.BLOCK_N),
         do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, *mask_strides,
@@ -387,7 +393,7 @@ def fused_backward_op(
         GROUP=H // Hk, **constants, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         **compile_options(tile),
     )
-    if q.dtype == torch.float64:
+    if dtype == torch.float64:
         dq *= scale
         dv *= 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
     return outputs

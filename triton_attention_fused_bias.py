@@ -12,7 +12,8 @@ import triton.language as tl
 
 from triton_attention_fused_backward import dscores, fused_arguments, load_record, probs
 from triton_attention_launch import compile_options, define_op, launch, tile_for
-from triton_attention_tiles import head_ptr, keep_mask, load_tile, rows_dot, split_program, store_tile
+from triton_attention_parts import split
+from triton_attention_tiles import head_ptr, keep_mask, load_parts, rows_dot, signed, split_program, store_tile
 
 
 @triton.jit(do_not_specialize=["B", "H", "GROUP", "M", "N", "left", "right", "GH", "GM", "GN"])
@@ -52,17 +53,17 @@ def _dbias_kernel(
             mask_head = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
             for m in range(start_m, M if SUM_M else start_m + 1, BLOCK_M):
                 offs_m = m + tl.arange(0, BLOCK_M)
-                q = load_tile(q_head, (stride_qm, stride_qd), (M, D), offs_m, offs_d)
+                q = load_parts(q_head, (stride_qm, stride_qd), (M, D), offs_m, offs_d, PRECISION)
                 if SIGN != 1:
-                    q = (q * SIGN).to(q.dtype)
-                do = load_tile(do_head, (stride_gm, stride_gd), (M, DV), offs_m, offs_e)
+                    q = signed(q, SIGN)
+                do = load_parts(do_head, (stride_gm, stride_gd), (M, DV), offs_m, offs_e, PRECISION)
                 q_at = (q_head, stride_qm, stride_qd, M, offs_m)
                 do_at = (do_head, stride_gm, stride_gd, M, offs_m)
                 top, inverse, delta, rest = load_record(record_ptr, row, offs_m, M)
                 for n in range(start_n, N if SUM_N else start_n + 1, BLOCK_N):
                     offs_n = n + tl.arange(0, BLOCK_N)
-                    k = load_tile(k_head, (stride_kn, stride_kd), (N, D), offs_n, offs_d)
-                    v = load_tile(v_head, (stride_vn, stride_vd), (N, DV), offs_n, offs_e)
+                    k = load_parts(k_head, (stride_kn, stride_kd), (N, D), offs_n, offs_d, PRECISION)
+                    v = load_parts(v_head, (stride_vn, stride_vd), (N, DV), offs_n, offs_e, PRECISION)
                     zeros = tl.zeros([BLOCK_M, BLOCK_N], ACC)
                     qk = rows_dot(q, q_at, k, (k_head, stride_kn, stride_kd, N, offs_n), zeros, D, PRECISION)
                     p, tanh = probs(
@@ -103,7 +104,10 @@ def fused_bias_gradient_op(
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     for flag in ("HAS_MASK", "HAS_BIAS"):
         del constants[flag]
-    tile = tile_for("fused dbias", q.dtype, max(constants["D"], constants["DV"]), False)
+    dtype = q.dtype
+    if constants["PRECISION"] == "bf16x6":
+        do, q, k, v = split(do), split(q), split(k), split(v)
+    tile = tile_for("fused dbias", dtype, max(constants["D"], constants["DV"]), False)
     sums = [size == 1 for size in shape]
     launch(
         _dbias_kernel, shape[0] * shape[1] * triton.cdiv(shape[2], tile.BLOCK_M) * triton.cdiv(shape[3], tile.BLOCK_N),

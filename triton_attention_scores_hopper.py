@@ -31,7 +31,7 @@ from triton_attention_launch import launch, tile_for
 _load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store_async = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-SMALLEST = 1 << 25  # elements of S from which the GPU is busy for longer than the host with its descriptors
+SMALLEST = 1 << 26  # elements of S from which the GPU is busy for longer than the host with its descriptors
 
 
 @gluon.jit

@@ -9,6 +9,9 @@
 import triton
 import triton.language as tl
 
+# of the parts of float32; the interpreter, which cannot multiply bfloat16, has all in the first of three
+PART = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
+
 
 @triton.jit
 def load_tile(
@@ -41,23 +44,111 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def rows_dot(a, a_at, b, b_at, acc, D: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a @ b^T of tiles of rows; a_at and b_at, (ptr, stride of a row, of a column, rows of the matrix, offsets of
-    these rows), say where they came from.
+def split_float(x):
+    """Three bfloat16 whose sum is the float32 x: its upper, middle and lower eight bits."""
+    high = x.to(PART)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(PART)
+    return high, middle, (rest - middle.to(tl.float32)).to(PART)
 
-    float32 is loaded again, a slice of the head dim at a time. A tile that stays in registers would fill them with its
-    parts for the six products of bfloat16; and a sum of slices is more exact than one of all, as PyTorch's is too.
+
+@triton.jit
+def load_parts(
+    ptr, strides, shape, rows, cols, PRECISION: tl.constexpr,
+    CHECK_ROWS: tl.constexpr = True, CHECK_COLS: tl.constexpr = True,
+):
+    """A tile as product and rows_dot take it, a tuple: of the tile, or under "bf16x6" of the three parts of float32.
+
+    Those are side by side in memory where triton_attention_parts.py has written them, in tiles as wide as `cols`.
     """
-    if PRECISION == "bf16x6" or (PRECISION == "ieee" and a.dtype == tl.float32):
-        SLICE: tl.constexpr = 16  # what a tensor core takes at once
-        for start_d in range(0, a.shape[1], SLICE):
+    if PRECISION != "bf16x6":
+        return (load_tile(ptr, strides, shape, rows, cols, 0.0, CHECK_ROWS, CHECK_COLS),)
+    elif ptr.dtype.element_ty == tl.float32 and PART != tl.float32:
+        return split_finite(load_tile(ptr, strides, shape, rows, cols, 0.0, CHECK_ROWS, CHECK_COLS))
+    else:
+        width: tl.constexpr = cols.shape[0]
+        high = load_tile(ptr, strides, shape, rows, cols, 0.0, CHECK_ROWS, False)
+        middle = load_tile(ptr + width, strides, shape, rows, cols, 0.0, CHECK_ROWS, False)
+        low = load_tile(ptr + 2 * width, strides, shape, rows, cols, 0.0, CHECK_ROWS, False)
+        return high, middle, low
+
+
+@triton.jit
+def split_finite(x):
+    """split_float, but of NaN and of infinity the upper part only: the others would be NaN."""
+    high, middle, low = split_float(x)
+    finite = tl.abs(x) < float("inf")
+    return high, tl.where(finite, middle, 0.0).to(PART), tl.where(finite, low, 0.0).to(PART)
+
+
+@triton.jit
+def whole(parts, PRECISION: tl.constexpr):
+    """The numbers of load_parts again."""
+    if PRECISION == "bf16x6":
+        return parts[0].to(tl.float32) + (parts[1].to(tl.float32) + parts[2].to(tl.float32))
+    else:
+        return parts[0]
+
+
+@triton.jit
+def map_finite(parts, PRECISION: tl.constexpr):
+    """load_parts with zeros for NaN and infinity."""
+    finite = tl.abs(parts[0]) < float("inf")
+    high = tl.where(finite, parts[0], 0.0).to(parts[0].dtype)
+    if PRECISION == "bf16x6":
+        return high, parts[1], parts[2]
+    else:
+        return (high,)
+
+
+@triton.jit
+def signed(parts, SIGN: tl.constexpr):
+    """load_parts, not under "bf16x6", times a sign."""
+    return ((parts[0] * SIGN).to(parts[0].dtype),)
+
+
+@triton.jit
+def six_products(a, b, acc):
+    """acc + a @ b of float32 in parts of bfloat16, on tensor cores: but for three products below 2^-26 of the largest,
+    all of them, the smallest first."""
+    small = tl.dot(a[1], b[1])
+    small = tl.dot(a[0], b[2], small)
+    small = tl.dot(a[2], b[0], small)
+    small = tl.dot(a[0], b[1], small)
+    small = tl.dot(a[1], b[0], small)
+    small = tl.where(tl.abs(small) < float("inf"), small, 0.0)  # what infinity is comes from the upper parts
+    return acc + tl.dot(a[0], b[0], small)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b of a tile just computed and one from load_parts."""
+    if PRECISION == "bf16x6":
+        return six_products(split_float(a), b, acc)
+    else:
+        return dot(a.to(b[0].dtype), b[0], acc, PRECISION)
+
+
+@triton.jit
+def rows_dot(a, a_at, b, b_at, acc, D: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a @ b^T of tiles of rows from load_parts; a_at and b_at, (ptr, stride of a row, of a column, rows of the
+    matrix, offsets of these rows), say where they came from.
+
+    Without tensor cores float32 is loaded again, a slice of the head dim at a time: a sum of slices is more exact than
+    one of all, as PyTorch's is too.
+    """
+    if PRECISION == "bf16x6":
+        return six_products(a, (tl.trans(b[0]), tl.trans(b[1]), tl.trans(b[2])), acc)
+    elif PRECISION == "ieee" and a[0].dtype == tl.float32:
+        SLICE: tl.constexpr = 16
+        for start_d in range(0, a[0].shape[1], SLICE):
             offs_d = start_d + tl.arange(0, SLICE)
             a_slice = load_tile(a_at[0], (a_at[1], a_at[2]), (a_at[3], D), a_at[4], offs_d)
             b_slice = load_tile(b_at[0], (b_at[1], b_at[2]), (b_at[3], D), b_at[4], offs_d)
             acc = dot(a_slice, tl.trans(b_slice), acc, PRECISION)
         return acc
     else:
-        return dot(a, tl.trans(b), acc, PRECISION)
+        return dot(a[0], tl.trans(b[0]), acc, PRECISION)
 
 
 @triton.jit
