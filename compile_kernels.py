@@ -40,6 +40,7 @@ from triton_attention_values import values_op  # noqa: E402
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 PARTS = {  # kernels that a launcher runs besides or instead of one that bears its name
     "_nonzero_kernel": ", NaN repair", "_merge_kernel": ", merge", "_dq_kernel": ", dQ", "_dkdv_kernel": ", dK dV",
+    "_split_kernel": ", parts",
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -169,7 +170,8 @@ def rows(name, quick):
             shared = kernel.metadata.shared / 1024
             problems = [f"{spills} spills"] if spills else []
             problems += [f"shared memory over {SHARED_KIB[name]} KiB"] if shared > SHARED_KIB[name] else []
-            out.append((label + PARTS.get(name_of_kernel, ""), registers, spills, shared, ", ".join(problems)))
+            row = (label + PARTS.get(name_of_kernel, ""), registers, spills, shared, ", ".join(problems))
+            out += [row] if row not in out else []
     return out
 
 

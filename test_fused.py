@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+import triton_attention_fused_backward
 from testing import (
     BF16, DEVICE, F16, F32, F64, INF, NAN, T, compare, fused, outputs_and_grads, randn, torch_fused,
     torch_visible,
 )
 from triton_attention_fused import attention_fused, merge_attention
+from triton_attention_launch import INTERPRETED
 from triton_attention_layer import attention_staged
 
 # window_size, softcap, with sinks, causal
@@ -116,6 +118,24 @@ def test_dropout_is_that_of_the_stages(dropout_p):
     out = attention_staged(few, k, v, dropout_p=dropout_p, enable_gqa=True)[0]
     torch.manual_seed(3)
     assert (attention_fused(few, k, v, dropout_p=dropout_p, enable_gqa=True) - out).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU all of float32 is in parts")
+def test_float32_in_parts(monkeypatch):
+    """The way of float32 on tensor cores, without the rounding of its parts: which tiles, where from, what of NaN."""
+    monkeypatch.setattr(triton_attention_fused_backward, "dot_precision", lambda dtype: "bf16x6")
+    for window, softcap, with_sinks, is_causal in [(None, None, False, False), *FEATURES[2:5]]:
+        q, k, v = randn(2, 4, 40, 24), randn(2, 2, 50, 24), randn(2, 2, 50, 40)
+        options = {"window_size": window or (-1, -1), "softcap": softcap or 0.0, "is_causal": is_causal}
+        sinks, bias = randn(4) if with_sinks else None, randn(1, 4, 40, 50)
+        compare(lambda *a, o=options: fused(*a[:4], sinks=a[4], **o),
+                lambda *a, o=options: torch_fused(*a[:4], sinks=a[4], **o), q, k, v, bias, sinks)
+    q, k, v = (randn(1, 2, 40, 16, grad=False) for _ in range(3))
+    expected = attention_fused(q, k[:, :, :30], v[:, :, :30])
+    for poison in (NAN, INF):
+        k[:, :, 35], v[:, :, 36] = poison, -poison
+        hidden = torch.arange(40, device=DEVICE) < 30
+        assert (attention_fused(q, k, v, hidden) - expected).abs().max() < 1e-6
 
 
 def test_merge_attention():

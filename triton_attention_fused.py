@@ -36,7 +36,8 @@ from triton_attention_launch import (
 from triton_attention_logits import exponential, key_range, load_pair, logits, steps, store_pair
 from triton_attention_parts import split
 from triton_attention_tiles import (
-    head_ptr, inverse_sum, keep_mask, load_parts, load_tile, product, rows_dot, signed, split_program, store_tile, whole,
+    head_ptr, inverse_sum, keep_mask, load_parts, load_tile, product, rows_dot, signed, split_program, store_tile,
+    whole,
 )
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
@@ -276,7 +277,7 @@ def fused_op(
     splits = _splits(programs, N, tile.BLOCK_N, q.device)
     chunk = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
     splits = triton.cdiv(N, chunk)
-    if constants["PRECISION"] == "bf16x6" and M > 16:
+    if constants["PRECISION"] == "parts" and M > 16:
         q, k, v = split(q), split(k), split(v)
     part, part_stats = o[None], stats
     if splits > 1:

@@ -128,8 +128,8 @@ def _walk_keys(
             if SOFTCAP > 0.0:
                 p *= 1.0 - tanh * tanh
             if HAS_DLSE:
-                ds += p * rows[3][:, None]
-            pk = dot(p.to(k[0].dtype), k[0], pk, "ieee" if PRECISION == "bf16x6" else PRECISION)
+                ds += tl.where(p == 0.0, 0.0, p * rows[3][:, None])
+            pk = dot(p.to(k[0].dtype), k[0], pk, "ieee" if PRECISION == "parts" else PRECISION)
         dq = product(ds, k, dq, PRECISION)
     return dq, pk, left_over
 
@@ -347,6 +347,8 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
         "PRECISION": dot_precision(q.dtype),
         "BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
     }
+    if constants["PRECISION"] == "bf16x6" and max(D, DV) <= 128:  # wider parts do not fit the registers
+        constants["PRECISION"] = "parts"
     return q, v, mask, strides, scalars, constants
 
 
@@ -373,13 +375,14 @@ def fused_backward_op(
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     width, variant = max(constants["D"], constants["DV"]), "" if mask is None else ", masked"
     dtype = q.dtype
-    if constants["PRECISION"] == "bf16x6":
+    if constants["PRECISION"] == "parts":
         do, q, k, v = split(do), split(q), split(k), split(v)
     tile = tile_for(f"fused dq{variant}", dtype, width, right is not None)
     launch(
         _dq_kernel, B * H * triton.cdiv(M, tile.BLOCK_M),
         do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(), mask, *mask_strides,
-        sinks, 0 if sinks is None else sinks.stride(0), lse, stats, None if dlse is None else dlse.contiguous(), record, dq, *dq.stride(),
+        sinks, 0 if sinks is None else sinks.stride(0),
+        lse, stats, None if dlse is None else dlse.contiguous(), record, dq, *dq.stride(),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
         **constants, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         **compile_options(tile),

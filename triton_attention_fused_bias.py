@@ -105,7 +105,7 @@ def fused_bias_gradient_op(
     for flag in ("HAS_MASK", "HAS_BIAS"):
         del constants[flag]
     dtype = q.dtype
-    if constants["PRECISION"] == "bf16x6":
+    if constants["PRECISION"] == "parts":
         do, q, k, v = split(do), split(q), split(k), split(v)
     tile = tile_for("fused dbias", dtype, max(constants["D"], constants["DV"]), False)
     sums = [size == 1 for size in shape]

@@ -5,9 +5,10 @@
               middle             --------                 + (a.high b.low + a.middle b.middle + a.low b.high) + ...
               low                        --------     what is left out is below 2^-24 of the sum
 
-Six products of bfloat16 at 16 times the rate of float32's own units leave time to spare; but to split a tile costs as much
-as to multiply it, and every program would split the keys again. (Henry, Tang and Heinecke, "Leveraging the bfloat16
-artificial intelligence datatype for higher-precision computations", 2019.)
+Six products of bfloat16 at 16 times the rate of float32's own units leave time to spare; but to split a tile costs as
+much as to multiply it, and every program would split the keys again. On an H100, [4, 16, 4096, 64], forward 16.8 -> 3.9
+ms, backward 118 -> 14.5 ms. (Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for
+higher-precision computations", 2019.)
 """
 
 import torch
@@ -37,8 +38,8 @@ def _split_kernel(
 
 
 def split(x):
-    """The parts [B, H, M, 3 * W] of float32 x [B, H, M, D] for load_parts: tiles of W, the power of two >= 16 that holds
-    D, filled with zeros."""
+    """The parts [B, H, M, 3 * W] of float32 x [B, H, M, D] for load_parts: W is the power of two >= 16 that holds D,
+    with zeros between."""
     (B, H, M, D), W = x.shape, max(16, triton.next_power_of_2(x.shape[3]))
     parts = x.new_empty(B, H, M, 3 * W, dtype=torch.float32 if PART.value == tl.float32 else torch.bfloat16)
     if parts.numel() == 0:

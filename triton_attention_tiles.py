@@ -57,11 +57,11 @@ def load_parts(
     ptr, strides, shape, rows, cols, PRECISION: tl.constexpr,
     CHECK_ROWS: tl.constexpr = True, CHECK_COLS: tl.constexpr = True,
 ):
-    """A tile as product and rows_dot take it, a tuple: of the tile, or under "bf16x6" of the three parts of float32.
+    """A tile as product and rows_dot take it, a tuple: of the tile, or under "parts" of the three parts of float32.
 
     Those are side by side in memory where triton_attention_parts.py has written them, in tiles as wide as `cols`.
     """
-    if PRECISION != "bf16x6":
+    if PRECISION != "parts":
         return (load_tile(ptr, strides, shape, rows, cols, 0.0, CHECK_ROWS, CHECK_COLS),)
     elif ptr.dtype.element_ty == tl.float32 and PART != tl.float32:
         return split_finite(load_tile(ptr, strides, shape, rows, cols, 0.0, CHECK_ROWS, CHECK_COLS))
@@ -84,7 +84,7 @@ def split_finite(x):
 @triton.jit
 def whole(parts, PRECISION: tl.constexpr):
     """The numbers of load_parts again."""
-    if PRECISION == "bf16x6":
+    if PRECISION == "parts":
         return parts[0].to(tl.float32) + (parts[1].to(tl.float32) + parts[2].to(tl.float32))
     else:
         return parts[0]
@@ -95,7 +95,7 @@ def map_finite(parts, PRECISION: tl.constexpr):
     """load_parts with zeros for NaN and infinity."""
     finite = tl.abs(parts[0]) < float("inf")
     high = tl.where(finite, parts[0], 0.0).to(parts[0].dtype)
-    if PRECISION == "bf16x6":
+    if PRECISION == "parts":
         return high, parts[1], parts[2]
     else:
         return (high,)
@@ -103,7 +103,7 @@ def map_finite(parts, PRECISION: tl.constexpr):
 
 @triton.jit
 def signed(parts, SIGN: tl.constexpr):
-    """load_parts, not under "bf16x6", times a sign."""
+    """load_parts, not under "parts", times a sign."""
     return ((parts[0] * SIGN).to(parts[0].dtype),)
 
 
@@ -123,7 +123,7 @@ def six_products(a, b, acc):
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b of a tile just computed and one from load_parts."""
-    if PRECISION == "bf16x6":
+    if PRECISION == "parts":
         return six_products(split_float(a), b, acc)
     else:
         return dot(a.to(b[0].dtype), b[0], acc, PRECISION)
@@ -134,12 +134,12 @@ def rows_dot(a, a_at, b, b_at, acc, D: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a @ b^T of tiles of rows from load_parts; a_at and b_at, (ptr, stride of a row, of a column, rows of the
     matrix, offsets of these rows), say where they came from.
 
-    Without tensor cores float32 is loaded again, a slice of the head dim at a time: a sum of slices is more exact than
-    one of all, as PyTorch's is too.
+    Else float32 is loaded again, a slice of the head dim at a time: a wide tile that stays in registers would fill them
+    with its parts, and a sum of slices is more exact than one of all, as PyTorch's is too.
     """
-    if PRECISION == "bf16x6":
+    if PRECISION == "parts":
         return six_products(a, (tl.trans(b[0]), tl.trans(b[1]), tl.trans(b[2])), acc)
-    elif PRECISION == "ieee" and a[0].dtype == tl.float32:
+    elif a[0].dtype == tl.float32 and PRECISION != "tf32":
         SLICE: tl.constexpr = 16
         for start_d in range(0, a[0].shape[1], SLICE):
             offs_d = start_d + tl.arange(0, SLICE)
