@@ -30,8 +30,8 @@ from triton_attention_checks import (
 from triton_attention_fused_backward import exact, fused_arguments, fused_backward_op
 from triton_attention_fused_bias import fused_bias_gradient_op
 from triton_attention_launch import (
-    DEVICE, INTERPRETED, compile_options, define_op, differentiate, empty_heads, fold, launch, replayable, tile_for,
-    unfold,
+    DEVICE, INTERPRETED, compile_options, define_op, differentiate, empty_heads, fold, hopper, launch, must_dispatch,
+    replayable, tile_for, unfold,
 )
 from triton_attention_logits import exponential, key_range, load_pair, logits, steps, store_pair
 from triton_attention_parts import split
@@ -80,7 +80,7 @@ def _walk(
 
 
 @triton.jit
-def _walk_one_by_one(
+def walk_one_by_one(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
     m_i, begin, end, M, N, left, right, scale, dropout_p,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
@@ -182,7 +182,7 @@ def _fwd_kernel(
                 here = tl.arange(0, BLOCK_M)[None, :] == chosen[:, None]
                 m_few = tl.max(tl.where(here, m_i[None, :], float("-inf")), 1)
                 factor_few = tl.sum(tl.where(here, factor[None, :], 0.0), 1)
-                acc_few = _walk_one_by_one(
+                acc_few = walk_one_by_one(
                     q_ptr, (stride_qm, stride_qd), k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides,
                     seed, off_b, off_h, start_m + chosen, m_few, bounds[0], bounds[3], M, N, left, right, scale,
                     dropout_p, D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PRECISION,
@@ -258,6 +258,12 @@ def fused_op(
     outputs = o, lse, stats = _outputs(q, k, v)
     if lse.numel() == 0:
         return outputs
+    plain = mask is None and sinks is None and seed is None and softcap == 0.0 and block_m is None and block_n is None
+    if plain and k.shape[2] > 0 and not must_dispatch((q, k, v)):
+        kernels = hopper("triton_attention_hopper")
+        if kernels and kernels.applies(q, k, v, o, scale, _processors(q.device)):
+            kernels.forward(q, k, v, o, lse, scale, left, right, _processors(q.device))
+            return outputs
     if q.shape[2] == 1 and k.shape[1] > 0 and seed is None:
         q, k, v, mask, sinks, o, lse = _one_query(q, k, v, mask, sinks, o, lse, left, right)
         left = right = None

@@ -28,8 +28,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton_attention_launch import launch, tile_for
 
 # Triton 3.9 renamed these two
-_load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store_async = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_async = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 SMALLEST = 1 << 26  # elements of S from which the GPU is busy for longer than the host with its descriptors
 
@@ -37,7 +37,7 @@ SMALLEST = 1 << 26  # elements of S from which the GPU is busy for longer than t
 @gluon.jit
 def _load_queries(q_desc, q_bufs, q_full, slot, off_b, off_h, start_m, wanted):
     mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes, pred=wanted)
-    _load_async(q_desc, [off_b, off_h, start_m, 0], q_full.index(slot), q_bufs.index(slot), pred=wanted)
+    load_async(q_desc, [off_b, off_h, start_m, 0], q_full.index(slot), q_bufs.index(slot), pred=wanted)
 
 
 @gluon.jit
@@ -70,7 +70,7 @@ def _walk_queries(
         tma.store_wait(0)  # the previous tile has left s_buf
         s_buf.reshape([BLOCK_M, BLOCK_N]).store((s * scale).to(s_desc.dtype))
         fence_async_shared()
-        _store_async(s_desc, [off_b, off_h, first_m + tile * BLOCK_M, start_n], s_buf)
+        store_async(s_desc, [off_b, off_h, first_m + tile * BLOCK_M, start_n], s_buf)
         step += 1
     tma.store_wait(0)
 
@@ -100,7 +100,7 @@ def _scores_hopper_kernel(
     fence_async_shared()
 
     mbarrier.expect(k_full, k_desc.block_type.nbytes)
-    _load_async(k_desc, [off_b, off_h // GROUP, start_n, 0], k_full, k_buf)
+    load_async(k_desc, [off_b, off_h // GROUP, start_n, 0], k_full, k_buf)
     gl.warp_specialize([
         (_walk_queries, (q_desc, s_desc, q_bufs, k_buf, s_bufs, q_full, k_full, scale, off_b, off_h, first_m, start_n,
                          tiles, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 0)),
@@ -109,7 +109,7 @@ def _scores_hopper_kernel(
     ], [4], [WORKER_REGISTERS])
 
 
-def _readable(t):
+def readable(t):
     """Whether TMA can address a tensor: rows of whole 16 bytes, at addresses that are multiples of 16."""
     steps = [stride for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True) if size > 1]
     return (
@@ -123,11 +123,12 @@ def applies(q, k):
     (B, H, M, D), N = q.shape, k.shape[2]
     return (
         q.element_size() == 2 and 0 < D <= 128 and N % 8 == 0 and B * H * M * N >= SMALLEST
-        and _readable(q) and _readable(k)
+        and readable(q) and readable(k)
     )
 
 
-def _descriptor(t, rows, columns):
+def describe(t, rows, columns):
+    """The descriptor by which TMA moves tiles of `rows` x `columns` of a [B, H, M, D] tensor."""
     dtype = gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], dtype)
     strides = [stride if size > 1 else 8 for size, stride in zip(t.shape, t.stride(), strict=True)]
@@ -143,8 +144,8 @@ def scores_hopper(q, k, scale):
     programs = B * H * triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(M, tile.BLOCK_M * tile.SPAN)
     launch(
         _scores_hopper_kernel, programs,
-        _descriptor(q, tile.BLOCK_M, tile.BLOCK_D), _descriptor(k, tile.BLOCK_N, tile.BLOCK_D),
-        _descriptor(s, tile.BLOCK_M, tile.BLOCK_N), scale, H, H // Hk, M, N,
+        describe(q, tile.BLOCK_M, tile.BLOCK_D), describe(k, tile.BLOCK_N, tile.BLOCK_D),
+        describe(s, tile.BLOCK_M, tile.BLOCK_N), scale, H, H // Hk, M, N,
         device=q.device, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D, SPAN=tile.SPAN,
         STAGES=tile.num_stages, WORKER_REGISTERS=tile.registers, num_warps=tile.num_warps, maxnreg=tile.registers,
     )

@@ -1,0 +1,379 @@
+"""The fused forward pass on Hopper: a warp fetches, two or three warpgroups multiply, their softmax runs beneath.
+
+The plain kernel (triton_attention_fused.py) computes a tile of scores, then its softmax, then P V: tensor cores wait for
+exponentials and exponentials for tensor cores. Here the scores of the next keys are on their way before P V of these:
+
+    fetching warp   K4   K3 V4   K2 V3   K1 V2   ...       by TMA, into rings of shared memory
+    warpgroup 0     S4   S3   P4 V4   S2   P3 V3   S1 ...     tensor cores, asynchronous
+                       softmax 4 |  softmax 3 |  softmax 2    the other units, beneath them
+    warpgroup 1     the same for the next 64 queries, K and V shared
+
+Keys are walked from the last to the first, as the diagonal is at the end: only there a tile pays for a mask. Each
+warpgroup has bounds of its own and releases tiles unread that none of its queries sees. Programs walk over several
+tiles of queries where all cost much the same; where they do not (causal, long), one tile each, the longest first, and
+the GPU hands them out.
+
+What made it fast (an H200, bfloat16, D 128): wgmma in flight under the softmax, and kept there: without the wait for the
+next K between the exponentials and the wait for P V, ptxas moves the latter up. Registers: 240 a thread of two
+warpgroups (D 64: 160 of three), 24 left for the warp that fetches. One loop with a branch around the mask: two loops
+spill.
+
+Shah et al., "FlashAttention-3", 2024, for warp specialisation and the order of the two products. Gluon
+(triton.experimental.gluon) is Triton's lower-level language: layouts, barriers and copies are explicit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
+)
+
+from triton_attention_fused import walk_one_by_one
+from triton_attention_launch import launch, tile_for
+from triton_attention_logits import key_range
+from triton_attention_scores_hopper import describe, load_async, readable, store_async
+from triton_attention_tiles import head_ptr, store_tile
+
+LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
+ROWS = gl.constexpr(64)  # queries of a warpgroup
+L2 = 40 << 20  # bytes: heads whose keys and values fit there are worked on together
+
+
+# ---- which tile of queries, which keys
+
+
+@gluon.jit
+def _place(item, row_tiles, heads, section, H, BANDED: gl.constexpr, BLOCK_M: gl.constexpr):
+    """(off_b, off_h, start_m) of an item of the list. BANDED: the longest first, over a section of heads at a time."""
+    if BANDED:
+        whole = item // (row_tiles * section) * section
+        rest = item - whole * row_tiles
+        wide = gl.minimum(section, heads - whole)
+        head, tile = whole + rest % wide, row_tiles - 1 - rest // wide
+    else:
+        head, tile = item // row_tiles, item % row_tiles
+    return head // H, head % H, tile * BLOCK_M
+
+
+@gluon.jit
+def _key_tiles(
+    start_m, N, left, right, LEFT: gl.constexpr, RIGHT: gl.constexpr, SIZE: gl.constexpr, BLOCK_N: gl.constexpr
+):
+    """(first, last) tile of keys that SIZE queries from start_m see: one at least."""
+    first_n, last_n = gl.to_tensor(0), N - 1
+    if RIGHT:
+        last_n = gl.maximum(gl.minimum(last_n, start_m + (SIZE - 1) + right), 0)
+    if LEFT:
+        first_n = gl.maximum(gl.minimum(start_m + left, last_n), 0)
+    return first_n // BLOCK_N, last_n // BLOCK_N
+
+
+@gluon.jit
+def _hide(s, row, start_n, N, left, right, LEFT: gl.constexpr, RIGHT: gl.constexpr, layout: gl.constexpr):
+    """Scores, -inf where a query does not see a key."""
+    m = gl.expand_dims(row + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout)), 1)
+    n = gl.expand_dims(start_n + gl.arange(0, s.shape[1], gl.SliceLayout(0, layout)), 0)
+    keep = (n < N) & (m >= 0)
+    if RIGHT:
+        keep = keep & (n <= m + right)
+    if LEFT:
+        keep = keep & (n >= m + left)
+    return gl.where(keep, s, float("-inf"))
+
+
+# ---- rings: slot `count % STAGES` of shared memory, its barriers full and empty, in the phase of count // STAGES
+
+
+@gluon.jit
+def _put(desc, off_b, off_h, start, bufs, full, empty, count, STAGES: gl.constexpr):
+    slot = count % STAGES
+    mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+    load_async(desc, [off_b, off_h, start, 0], full.index(slot), bufs.index(slot))
+
+
+@gluon.jit
+def _await(full, count, STAGES: gl.constexpr, wanted=True):
+    mbarrier.wait(full.index(count % STAGES), count // STAGES & 1, pred=wanted)
+
+
+@gluon.jit
+def _release(empty, count, STAGES: gl.constexpr):
+    mbarrier.arrive(empty.index(count % STAGES), count=1)
+
+
+@gluon.jit
+def _skip(tiles, count, k_full, k_empty, v_full, v_empty, STAGES: gl.constexpr):
+    """Release K and V of some tiles unread."""
+    for _ in range(tiles):
+        _await(k_full, count, STAGES)
+        _release(k_empty, count, STAGES)
+        _await(v_full, count, STAGES)
+        _release(v_empty, count, STAGES)
+        count += 1
+    return count
+
+
+# ---- the warp that fetches
+
+
+@gluon.jit
+def _fetch(
+    q_desc, k_desc, v_desc, rings, work,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):
+    q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
+    items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
+    count = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        off_b, off_h, start_m = _place(item, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
+        first, last = _key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+        for w in gl.static_range(BLOCK_M // ROWS):
+            mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
+            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
+            load_async(q_desc, [off_b, off_h, start_m + ROWS * w, 0], q_full.index(w), q_bufs.index(w))
+            if w == 0:
+                _put(k_desc, off_b, off_h // GROUP, last * BLOCK_N, k_bufs, k_full, k_empty, count, STAGES)
+        for step in range(1, last - first + 1):
+            tile = last - step
+            _put(k_desc, off_b, off_h // GROUP, tile * BLOCK_N, k_bufs, k_full, k_empty, count + 1, STAGES)
+            _put(v_desc, off_b, off_h // GROUP, (tile + 1) * BLOCK_N, v_bufs, v_full, v_empty, count, STAGES)
+            count += 1
+        _put(v_desc, off_b, off_h // GROUP, first * BLOCK_N, v_bufs, v_full, v_empty, count, STAGES)
+        count += 1
+        turn += 1
+
+
+# ---- the warpgroups that multiply
+
+
+@gluon.jit
+def _softmax(s, m_i, scale, BANDED: gl.constexpr):
+    """(p, alpha, new maximum) of a tile of scores, base 2."""
+    m_new = gl.maximum(m_i, gl.max(s, 1) * scale)
+    top = gl.where(m_new == float("-inf"), 0.0, m_new) if BANDED else m_new  # of a row that has seen no key yet
+    p = gl.exp2(s * scale - gl.expand_dims(top, 1))
+    return p, gl.exp2(m_i - top), m_new
+
+
+@gluon.jit
+def _attend(
+    out, rings, work,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, WARPGROUP: gl.constexpr,
+):
+    """One warpgroup: 64 queries of every tile."""
+    o_desc, o_bufs, lse_ptr, poisoned_ptr, scale = out
+    q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
+    items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
+    BANDED: gl.constexpr = LEFT or RIGHT
+    dtype: gl.constexpr = q_bufs.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, k_width=2)
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
+    q, o_buf = q_bufs.index(WARPGROUP).reshape([ROWS, BLOCK_D]), o_bufs.index(WARPGROUP)
+    count = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        off_b, off_h, start_m = _place(item, row_tiles, heads, section, H, BANDED, BLOCK_M)
+        row = start_m + ROWS * WARPGROUP
+        first, last = _key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+        own_first, own_last = first, last
+        if BANDED:
+            own_first, own_last = _key_tiles(row, N, left, right, LEFT, RIGHT, ROWS, BLOCK_N)
+            own_first, own_last = gl.maximum(own_first, first), gl.maximum(own_last, first)
+            count = _skip(last - own_last, count, k_full, k_empty, v_full, v_empty, STAGES)
+
+        mbarrier.wait(q_full.index(WARPGROUP), turn & 1)
+        _await(k_full, count, STAGES)
+        k_t = k_bufs.index(count % STAGES).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+        s = warpgroup_mma_wait(0, [warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)])
+        _release(k_empty, count, STAGES)
+        s = _hide(s, row, own_last * BLOCK_N, N, left, right, LEFT, RIGHT, s_layout)
+        m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+        p, alpha, m_i = _softmax(s, m_i, scale, BANDED)
+        l_i = gl.sum(p, 1)
+        p_16 = gl.convert_layout(p.to(dtype), p_layout)
+        acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
+        count += 1
+        _await(k_full, count, STAGES, own_first < own_last)
+
+        for step in range(1, own_last - own_first + 1):
+            k_t = k_bufs.index(count % STAGES).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+            s_token = warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)
+            _await(v_full, count - 1, STAGES)
+            v = v_bufs.index((count - 1) % STAGES).reshape([BLOCK_N, BLOCK_D])
+            o_token = warpgroup_mma(p_16, v, acc, is_async=True)
+            s = warpgroup_mma_wait(1, [s_token])
+            _release(k_empty, count, STAGES)
+            if BANDED:
+                start_n = (own_last - step) * BLOCK_N
+                edge = gl.to_tensor(False)
+                if RIGHT:
+                    edge = edge | (start_n + (BLOCK_N - 1) > row + right)
+                if LEFT:
+                    edge = edge | (start_n < row + (ROWS - 1) + left)
+                if edge:
+                    s = _hide(s, row, start_n, N, left, right, LEFT, RIGHT, s_layout)
+            p, alpha, m_i = _softmax(s, m_i, scale, BANDED)
+            l_i = l_i * alpha + gl.sum(p, 1)
+            count += 1
+            _await(k_full, count, STAGES, step < own_last - own_first)  # here: it keeps the next wait below the softmax
+            acc = warpgroup_mma_wait(0, [o_token])
+            _release(v_empty, count - 2, STAGES)
+            acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1)
+            p_16 = gl.convert_layout(p.to(dtype), p_layout)
+        mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
+
+        _await(v_full, count - 1, STAGES)
+        v = v_bufs.index((count - 1) % STAGES).reshape([BLOCK_N, BLOCK_D])
+        o_token = warpgroup_mma(p_16, v, acc, is_async=True)
+        rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+        lse = m_i * LN2 + gl.log(l_i)
+        gl.store(lse_ptr + (off_b * H + off_h).to(gl.int64) * M + rows, lse, mask=rows < M)
+        inverse = 1.0 / gl.where(l_i == 0.0, 1.0, l_i)
+        acc = warpgroup_mma_wait(0, [o_token])
+        _release(v_empty, count - 1, STAGES)
+        if BANDED:
+            count = _skip(own_first - first, count, k_full, k_empty, v_full, v_empty, STAGES)
+
+        acc = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, o_layout)), 1)
+        if BANDED:
+            nans = gl.convert_layout(gl.sum((acc != acc).to(gl.int32), 1), gl.SliceLayout(1, s_layout))
+            poisoned = gl.sum(((nans > 0) & (l_i == l_i)).to(gl.int32), 0)
+            gl.store(poisoned_ptr + (off_b * H + off_h) * (row_tiles * (BLOCK_M // ROWS)) + row // ROWS, poisoned)
+        tma.store_wait(0)  # the tile before has left o_buf
+        o_buf.reshape([ROWS, BLOCK_D]).store(acc.to(dtype))
+        fence_async_shared()
+        store_async(o_desc, [off_b, off_h, row, 0], o_buf)
+        turn += 1
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=[
+    "scale", "items", "row_tiles", "heads", "section", "H", "GROUP", "M", "N", "left", "right"
+])
+def _forward_kernel(
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, poisoned_ptr, scale,
+    items, row_tiles, heads, section, H, GROUP, M, N, left, right,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, REST: gl.constexpr,
+):
+    WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
+    dtype: gl.constexpr = q_desc.dtype
+    q_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], q_desc.layout)
+    o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], o_desc.layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for w in gl.static_range(WARPGROUPS):
+        mbarrier.init(q_full.index(w), count=1)
+        mbarrier.init(q_empty.index(w), count=1)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(slot), count=1)
+        mbarrier.init(v_full.index(slot), count=1)
+        mbarrier.init(k_empty.index(slot), count=WARPGROUPS)
+        mbarrier.init(v_empty.index(slot), count=WARPGROUPS)
+    fence_async_shared()
+
+    rings = (q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    out = (o_desc, o_bufs, lse_ptr, poisoned_ptr, scale)
+    work = (items, row_tiles, heads, section, H, GROUP, M, N, left, right)
+    if WARPGROUPS == 2:
+        gl.warp_specialize([
+            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 0)),
+            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 1)),
+            (_fetch, (q_desc, k_desc, v_desc, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES)),
+        ], [4, 1], [REGISTERS, REST])
+    else:
+        gl.warp_specialize([
+            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 0)),
+            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 1)),
+            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 2)),
+            (_fetch, (q_desc, k_desc, v_desc, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, REST])
+
+
+@triton.jit(do_not_specialize=["scale", "groups", "tiles", "H", "GROUP", "M", "N", "left", "right"])
+def _repair_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
+    k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
+    v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
+    o_ptr, stride_ob, stride_oh, stride_om, stride_od,
+    lse_ptr, poisoned_ptr, scale, groups, tiles, H, GROUP, M, N, left, right,
+    D: tl.constexpr, DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MOST: tl.constexpr,
+):
+    """O again for the groups of SIZE queries with NaN: a key that none of them sees may hold it, and 0 * NaN is NaN."""
+    first = tl.program_id(0) * MOST
+    offs = first + tl.arange(0, MOST)
+    if tl.sum(tl.load(poisoned_ptr + offs, mask=offs < groups, other=0)) > 0:
+        for group in range(first, tl.minimum(first + MOST, groups)):
+            if tl.load(poisoned_ptr + group) > 0:
+                head = group // tiles
+                off_b, off_h = head // H, head % H
+                for few in range(0, SIZE, BLOCK_M):
+                    start_m = group % tiles * SIZE + few
+                    offs_m = start_m + tl.arange(0, BLOCK_M)
+                    lse = tl.load(lse_ptr + head.to(tl.int64) * M + offs_m, mask=offs_m < M, other=0.0)
+                    bounds = key_range(start_m, 0, N, left, right, LEFT, RIGHT, False, BLOCK_M, 16)
+                    acc = walk_one_by_one(
+                        head_ptr(q_ptr, stride_qb, stride_qh, off_b, off_h), (stride_qm, stride_qd),
+                        head_ptr(k_ptr, stride_kb, stride_kh, off_b, off_h // GROUP), (stride_kn, stride_kd),
+                        head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_h // GROUP), (stride_vn, stride_vd),
+                        q_ptr, (0, 0), 0, off_b, off_h, offs_m, lse, bounds[0], bounds[3],
+                        M, N, left, right, scale, 0.0,
+                        D, DV, 1, LEFT, RIGHT, False, False, 0.0, False, False, "ieee", BLOCK_D, BLOCK_DV,
+                    )
+                    o_head = head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h)
+                    store_tile(o_head, (stride_om, stride_od), (M, DV), offs_m, tl.arange(0, BLOCK_DV), acc)
+
+
+def applies(q, k, v, o, scale, processors):
+    """Whether the kernel takes these inputs and fills the GPU; else the plain kernel runs."""
+    (B, H, M, D), (N, DV) = q.shape, v.shape[2:]
+    tiles = B * H * triton.cdiv(M, 128)
+    return (
+        q.element_size() == 2 and 0 < D <= 128 and 0 < DV <= 128 and scale > 0.0 and M > 16
+        and (3 * tiles >= processors or N <= 512) and all(readable(t) for t in (q, k, v, o))
+    )
+
+
+def forward(q, k, v, o, lse, scale, left, right, processors):
+    """Fill o and lse, see fused_op in triton_attention_fused.py; for what applies()."""
+    (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
+    banded = left is not None or right is not None
+    tile = tile_for("fused hopper", q.dtype, max(D, DV), banded)
+    row_tiles, warpgroups = triton.cdiv(M, tile.BLOCK_M), tile.BLOCK_M // ROWS.value
+    items = B * H * row_tiles
+    registers = (1 << 16) // (128 * (warpgroups + 1)) // 8 * 8  # of a thread, before they are dealt out
+    section = max(1, min(B * H, L2 // (N * 4 * tile.BLOCK_D)))
+    groups, width = items * warpgroups, {"BLOCK_D": tile.BLOCK_D, "BLOCK_DV": tile.BLOCK_D}
+    poisoned = lse.new_empty(groups if banded else 1, dtype=torch.int32)
+    bounds = {"LEFT": left is not None, "RIGHT": right is not None}
+    launch(
+        _forward_kernel, items if banded and N > 2048 else min(items, processors),
+        describe(q, ROWS.value, tile.BLOCK_D), describe(k, tile.BLOCK_N, tile.BLOCK_D),
+        describe(v, tile.BLOCK_N, tile.BLOCK_D), describe(o, ROWS.value, tile.BLOCK_D),
+        lse, poisoned, scale * LOG2E, items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
+        device=q.device, **bounds, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D,
+        STAGES=tile.num_stages, REGISTERS=tile.registers,
+        REST=registers * (warpgroups + 1) - tile.registers * warpgroups, num_warps=4, maxnreg=registers,
+    )
+    if banded:
+        launch(
+            _repair_kernel, triton.cdiv(groups, 32),
+            q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(),
+            lse, poisoned, scale, groups, row_tiles * warpgroups, H, H // Hk, M, N, left or 0, right or 0,
+            D=int(D), DV=int(DV), **bounds, SIZE=ROWS.value, BLOCK_M=16, **width, MOST=32, num_warps=8,
+        )
