@@ -8,7 +8,12 @@ import sys
 import pytest
 import torch
 
-from testing import BF16, DEVICE, F16, GPU, HERE, INTERPRETED, T, compare, run_python, torch_scores, torch_staged
+import triton_attention_replay
+from testing import (
+    BF16, DEVICE, F16, GPU, HERE, INF, INTERPRETED, NAN, T, compare, fused, randn, run_python, torch_fused, torch_scores,
+    torch_staged,
+)
+from triton_attention_fused import attention_fused
 from triton_attention_launch import hopper
 from triton_attention_layer import TritonMultiheadAttention, attention_staged
 from triton_attention_scores import attention_scores
@@ -110,6 +115,38 @@ def test_gpu_scores_hopper(dtype):
     for _ in range(4):  # the third is a replay
         q = torch.randn_like(q)
         assert torch.equal(attention_scores(q, k), attention_scores(q, k, block_m=128))
+
+
+@pytest.mark.skipif(hopper("triton_attention_hopper") is None, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("D,Dv", [(64, 64), (128, 128), (40, 64), (96, 8)])
+def test_gpu_fused_hopper(D, Dv, monkeypatch):
+    kernels, used = hopper("triton_attention_hopper"), []
+    forward = kernels.forward
+    monkeypatch.setattr(kernels, "SMALLEST", 0)
+    monkeypatch.setattr(kernels, "forward", lambda *args: used.append(args) or forward(*args))
+    monkeypatch.setattr(triton_attention_replay, "_records", {})
+    windows = [((-1, -1), False), ((-1, -1), True), ((100, 0), False), ((-1, 30), False), ((64, -1), True), ((0, 0), True)]
+    for i, (M, N) in enumerate([(128, 128), (300, 777), (777, 300), (17, 64), (1500, 1500)]):
+        for window, is_causal in windows:
+            shapes = ((1, 4, M, D), (1, 2, N, D), (1, 2, N, Dv))
+            q, k, v = (randn(*shape, dtype=(F16, BF16)[i % 2], layout=("plain", "bnhd")[i % 2]) for shape in shapes)
+            used.clear()
+            compare(lambda *a, o=(window, is_causal): fused(*a, window_size=o[0], is_causal=o[1]),
+                    lambda *a, o=(window, is_causal): torch_fused(*a, window_size=o[0], is_causal=o[1]), q, k, v)
+            assert used
+    q, k, v = (torch.randn(1, 2, 700, D, device=DEVICE, dtype=BF16) for D in (D, D, Dv))
+    expected = attention_fused(q, k, v, is_causal=True)
+    for poison in (NAN, INF):  # hidden from the queries before them
+        k[:, :, 400], v[:, :, 300] = poison, poison
+        for _ in range(4):  # the third is a replay
+            out = attention_fused(q, k, v, is_causal=True)
+            assert torch.equal(out[:, :, :300], expected[:, :, :300]) and not out[:, :, 300:].isfinite().any()
+    used.clear()
+    for scale, mask in ((-0.1, None), (0.1, torch.ones(700, 700, dtype=torch.bool, device=DEVICE))):
+        attention_fused(q, k, v, mask, scale=scale)
+    attention_fused(q[:, :, :16], k, v)
+    attention_fused(q[..., 1:], k[..., 1:], v)
+    assert not used
 
 
 @GPU

@@ -261,7 +261,7 @@ def fused_op(
     plain = mask is None and sinks is None and seed is None and softcap == 0.0 and block_m is None and block_n is None
     if plain and k.shape[2] > 0 and not must_dispatch((q, k, v)):
         kernels = hopper("triton_attention_hopper")
-        if kernels and kernels.applies(q, k, v, o, scale, _processors(q.device)):
+        if kernels and kernels.applies(q, k, v, o, scale, left):
             kernels.forward(q, k, v, o, lse, scale, left, right, _processors(q.device))
             return outputs
     if q.shape[2] == 1 and k.shape[1] > 0 and seed is None:

@@ -1,7 +1,7 @@
 """The fused forward pass on Hopper: a warp fetches, two or three warpgroups multiply, their softmax runs beneath.
 
-The plain kernel (triton_attention_fused.py) computes a tile of scores, then its softmax, then P V: tensor cores wait for
-exponentials and exponentials for tensor cores. Here the scores of the next keys are on their way before P V of these:
+The plain kernel (triton_attention_fused.py) computes scores, then their softmax, then P V: tensor cores wait for the
+exponentials, and those for tensor cores. Here the scores of the next keys are on their way before P V of these:
 
     fetching warp   K4   K3 V4   K2 V3   K1 V2   ...       by TMA, into rings of shared memory
     warpgroup 0     S4   S3   P4 V4   S2   P3 V3   S1 ...     tensor cores, asynchronous
@@ -9,14 +9,14 @@ exponentials and exponentials for tensor cores. Here the scores of the next keys
     warpgroup 1     the same for the next 64 queries, K and V shared
 
 Keys are walked from the last to the first, as the diagonal is at the end: only there a tile pays for a mask. Each
-warpgroup has bounds of its own and releases tiles unread that none of its queries sees. Programs walk over several
-tiles of queries where all cost much the same; where they do not (causal, long), one tile each, the longest first, and
-the GPU hands them out.
+warpgroup has bounds of its own and releases tiles unread that none of its queries sees. A program per multiprocessor
+takes one tile of queries after the other, its Q and first K on the way while the last is finished. Causal tiles differ
+in length: then the longest come first, and whoever is done takes the next number from a counter.
 
-What made it fast (an H200, bfloat16, D 128): wgmma in flight under the softmax, and kept there: without the wait for the
-next K between the exponentials and the wait for P V, ptxas moves the latter up. Registers: 240 a thread of two
-warpgroups (D 64: 160 of three), 24 left for the warp that fetches. One loop with a branch around the mask: two loops
-spill.
+Where the speed is from: wgmma stays in flight under the softmax only because the wait for the next K is between the
+exponentials and the wait for P V; without it ptxas moves the latter up. A branch around the mask, not a second loop,
+which would spill. 240 registers a thread of two warpgroups, or 160 of three, and 24 for the warp that fetches. On an
+H100, bfloat16, [4, 16, 4096, 128]: 445 -> 630 TFLOP/s.
 
 Shah et al., "FlashAttention-3", 2024, for warp specialisation and the order of the two products. Gluon
 (triton.experimental.gluon) is Triton's lower-level language: layouts, barriers and copies are explicit.
@@ -39,7 +39,14 @@ from triton_attention_tiles import head_ptr, store_tile
 
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # queries of a warpgroup
+NEW_PTXAS = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 9)  # spills where the older ones do not
+SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
 L2 = 40 << 20  # bytes: heads whose keys and values fit there are worked on together
+
+
+@gluon.jit
+def _inline(ASM: gl.constexpr, x):
+    return gl.inline_asm_elementwise(ASM, "=r,r", [gl.to_tensor(x)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 # ---- which tile of queries, which keys
@@ -75,6 +82,7 @@ def _key_tiles(
 def _hide(s, row, start_n, N, left, right, LEFT: gl.constexpr, RIGHT: gl.constexpr, layout: gl.constexpr):
     """Scores, -inf where a query does not see a key."""
     m = gl.expand_dims(row + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout)), 1)
+    start_n = _inline("mov.b32 $0, $1;", start_n)  # not hoisted: LLVM would keep the mask of the last keys in registers
     n = gl.expand_dims(start_n + gl.arange(0, s.shape[1], gl.SliceLayout(0, layout)), 0)
     keep = (n < N) & (m >= 0)
     if RIGHT:
@@ -121,23 +129,34 @@ def _skip(tiles, count, k_full, k_empty, v_full, v_empty, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _announce(item, tickets, q_empty, turn, WARPGROUPS: gl.constexpr):
+    """Write the number of the next tile of queries where the warpgroups find it, once they have left the place."""
+    for w in gl.static_range(WARPGROUPS):
+        mbarrier.wait(q_empty.index(turn % 2 * WARPGROUPS + w), (turn // 2 & 1) ^ 1)
+    tickets.index(turn % 2).store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + item)
+    _inline("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", 0)
+
+
+@gluon.jit
 def _fetch(
-    q_desc, k_desc, v_desc, rings, work,
+    q_desc, k_desc, v_desc, counter_ptr, rings, work,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
-    q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
+    q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets = rings
     items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
+    WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     count = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    item = gl.program_id(0)
+    while item < items:
         off_b, off_h, start_m = _place(item, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
         first, last = _key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
-        for w in gl.static_range(BLOCK_M // ROWS):
-            mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
-            load_async(q_desc, [off_b, off_h, start_m + ROWS * w, 0], q_full.index(w), q_bufs.index(w))
-            if w == 0:
-                _put(k_desc, off_b, off_h // GROUP, last * BLOCK_N, k_bufs, k_full, k_empty, count, STAGES)
+        _announce(item, tickets, q_empty, turn, WARPGROUPS)
+        for w in gl.static_range(WARPGROUPS):
+            slot = turn % 2 * WARPGROUPS + w
+            mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
+            load_async(q_desc, [off_b, off_h, start_m + ROWS * w, 0], q_full.index(slot), q_bufs.index(slot))
+        _put(k_desc, off_b, off_h // GROUP, last * BLOCK_N, k_bufs, k_full, k_empty, count, STAGES)
         for step in range(1, last - first + 1):
             tile = last - step
             _put(k_desc, off_b, off_h // GROUP, tile * BLOCK_N, k_bufs, k_full, k_empty, count + 1, STAGES)
@@ -146,9 +165,24 @@ def _fetch(
         _put(v_desc, off_b, off_h // GROUP, first * BLOCK_N, v_bufs, v_full, v_empty, count, STAGES)
         count += 1
         turn += 1
+        if LEFT or RIGHT:  # whoever is done first takes the next
+            item = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        else:
+            item += gl.num_programs(0)
+    _announce(item, tickets, q_empty, turn, WARPGROUPS)
+    for w in gl.static_range(WARPGROUPS):
+        mbarrier.arrive(q_full.index(turn % 2 * WARPGROUPS + w), count=1)
 
 
 # ---- the warpgroups that multiply
+
+
+@gluon.jit
+def _next_item(tickets, q_full, turn, WARPGROUPS: gl.constexpr, WARPGROUP: gl.constexpr):
+    """The number of the next tile of queries, when its Q is there."""
+    mbarrier.wait(q_full.index(turn % 2 * WARPGROUPS + WARPGROUP), turn // 2 & 1)
+    item = gl.max(tickets.index(turn % 2).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    return _inline("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", item)  # tells ptxas that all lanes have the same
 
 
 @gluon.jit
@@ -168,18 +202,21 @@ def _attend(
 ):
     """One warpgroup: 64 queries of every tile."""
     o_desc, o_bufs, lse_ptr, poisoned_ptr, scale = out
-    q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
+    q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets = rings
     items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
+    WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     BANDED: gl.constexpr = LEFT or RIGHT
     dtype: gl.constexpr = q_bufs.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, k_width=2)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
-    q, o_buf = q_bufs.index(WARPGROUP).reshape([ROWS, BLOCK_D]), o_bufs.index(WARPGROUP)
+    o_buf = o_bufs.index(WARPGROUP)
     count = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    item = _next_item(tickets, q_full, turn, WARPGROUPS, WARPGROUP)
+    while item < items:
+        q = q_bufs.index(turn % 2 * WARPGROUPS + WARPGROUP).reshape([ROWS, BLOCK_D])
         off_b, off_h, start_m = _place(item, row_tiles, heads, section, H, BANDED, BLOCK_M)
         row = start_m + ROWS * WARPGROUP
         first, last = _key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
@@ -189,12 +226,12 @@ def _attend(
             own_first, own_last = gl.maximum(own_first, first), gl.maximum(own_last, first)
             count = _skip(last - own_last, count, k_full, k_empty, v_full, v_empty, STAGES)
 
-        mbarrier.wait(q_full.index(WARPGROUP), turn & 1)
         _await(k_full, count, STAGES)
         k_t = k_bufs.index(count % STAGES).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
         s = warpgroup_mma_wait(0, [warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)])
         _release(k_empty, count, STAGES)
-        s = _hide(s, row, own_last * BLOCK_N, N, left, right, LEFT, RIGHT, s_layout)
+        if BANDED or (own_last + 1) * BLOCK_N > N:
+            s = _hide(s, row, own_last * BLOCK_N, N, left, right, LEFT, RIGHT, s_layout)
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
         p, alpha, m_i = _softmax(s, m_i, scale, BANDED)
         l_i = gl.sum(p, 1)
@@ -228,7 +265,7 @@ def _attend(
             _release(v_empty, count - 2, STAGES)
             acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1)
             p_16 = gl.convert_layout(p.to(dtype), p_layout)
-        mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
+        mbarrier.arrive(q_empty.index(turn % 2 * WARPGROUPS + WARPGROUP), count=1)
 
         _await(v_full, count - 1, STAGES)
         v = v_bufs.index((count - 1) % STAGES).reshape([BLOCK_N, BLOCK_D])
@@ -244,14 +281,15 @@ def _attend(
 
         acc = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, o_layout)), 1)
         if BANDED:
-            nans = gl.convert_layout(gl.sum((acc != acc).to(gl.int32), 1), gl.SliceLayout(1, s_layout))
-            poisoned = gl.sum(((nans > 0) & (l_i == l_i)).to(gl.int32), 0)
+            sums = gl.convert_layout(gl.sum(acc, 1), gl.SliceLayout(1, s_layout))
+            poisoned = gl.sum(((sums != sums) & (l_i == l_i)).to(gl.int32), 0)
             gl.store(poisoned_ptr + (off_b * H + off_h) * (row_tiles * (BLOCK_M // ROWS)) + row // ROWS, poisoned)
         tma.store_wait(0)  # the tile before has left o_buf
         o_buf.reshape([ROWS, BLOCK_D]).store(acc.to(dtype))
         fence_async_shared()
         store_async(o_desc, [off_b, off_h, row, 0], o_buf)
         turn += 1
+        item = _next_item(tickets, q_full, turn, WARPGROUPS, WARPGROUP)
     tma.store_wait(0)
 
 
@@ -259,24 +297,25 @@ def _attend(
     "scale", "items", "row_tiles", "heads", "section", "H", "GROUP", "M", "N", "left", "right"
 ])
 def _forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, lse_ptr, poisoned_ptr, scale,
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, poisoned_ptr, counter_ptr, scale,
     items, row_tiles, heads, section, H, GROUP, M, N, left, right,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, REST: gl.constexpr,
 ):
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     dtype: gl.constexpr = q_desc.dtype
-    q_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], q_desc.layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [2 * WARPGROUPS, 1, 1, ROWS, BLOCK_D], q_desc.layout)
     o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], o_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
+    tickets = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [2 * WARPGROUPS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2 * WARPGROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for w in gl.static_range(WARPGROUPS):
+    for w in gl.static_range(2 * WARPGROUPS):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
     for slot in gl.static_range(STAGES):
@@ -286,22 +325,27 @@ def _forward_kernel(
         mbarrier.init(v_empty.index(slot), count=WARPGROUPS)
     fence_async_shared()
 
-    rings = (q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    rings = (q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets)
     out = (o_desc, o_bufs, lse_ptr, poisoned_ptr, scale)
     work = (items, row_tiles, heads, section, H, GROUP, M, N, left, right)
     if WARPGROUPS == 2:
         gl.warp_specialize([
             (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 0)),
             (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 1)),
-            (_fetch, (q_desc, k_desc, v_desc, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES)),
+            (_fetch, (q_desc, k_desc, v_desc, counter_ptr, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES)),
         ], [4, 1], [REGISTERS, REST])
     else:
         gl.warp_specialize([
             (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 0)),
             (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 1)),
             (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 2)),
-            (_fetch, (q_desc, k_desc, v_desc, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES)),
+            (_fetch, (q_desc, k_desc, v_desc, counter_ptr, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, REST])
+
+
+@triton.jit
+def _zero_kernel(counter_ptr):
+    tl.store(counter_ptr, 0)
 
 
 @triton.jit(do_not_specialize=["scale", "groups", "tiles", "H", "GROUP", "M", "N", "left", "right"])
@@ -339,13 +383,13 @@ def _repair_kernel(
                     store_tile(o_head, (stride_om, stride_od), (M, DV), offs_m, tl.arange(0, BLOCK_DV), acc)
 
 
-def applies(q, k, v, o, scale, processors):
-    """Whether the kernel takes these inputs and fills the GPU; else the plain kernel runs."""
+def applies(q, k, v, o, scale, left):
+    """Whether the kernel takes these inputs and is worth its descriptors; else the plain kernel runs."""
     (B, H, M, D), (N, DV) = q.shape, v.shape[2:]
-    tiles = B * H * triton.cdiv(M, 128)
     return (
         q.element_size() == 2 and 0 < D <= 128 and 0 < DV <= 128 and scale > 0.0 and M > 16
-        and (3 * tiles >= processors or N <= 512) and all(readable(t) for t in (q, k, v, o))
+        and not (NEW_PTXAS and left is not None and max(D, DV) > 64)
+        and 4 * B * H * M * N * D >= SMALLEST and all(readable(t) for t in (q, k, v, o))
     )
 
 
@@ -353,19 +397,22 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
     """Fill o and lse, see fused_op in triton_attention_fused.py; for what applies()."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
     banded = left is not None or right is not None
-    tile = tile_for("fused hopper", q.dtype, max(D, DV), banded)
+    tile = tile_for("fused hopper" + (", new ptxas" if NEW_PTXAS else ""), q.dtype, max(D, DV), banded)
     row_tiles, warpgroups = triton.cdiv(M, tile.BLOCK_M), tile.BLOCK_M // ROWS.value
     items = B * H * row_tiles
     registers = (1 << 16) // (128 * (warpgroups + 1)) // 8 * 8  # of a thread, before they are dealt out
     section = max(1, min(B * H, L2 // (N * 4 * tile.BLOCK_D)))
     groups, width = items * warpgroups, {"BLOCK_D": tile.BLOCK_D, "BLOCK_DV": tile.BLOCK_D}
-    poisoned = lse.new_empty(groups if banded else 1, dtype=torch.int32)
+    poisoned, counter = lse.new_empty(groups, dtype=torch.int32), lse.new_empty(1, dtype=torch.int32)
+    if banded:
+        launch(_zero_kernel, 1, counter, num_warps=1)
     bounds = {"LEFT": left is not None, "RIGHT": right is not None}
     launch(
-        _forward_kernel, items if banded and N > 2048 else min(items, processors),
+        _forward_kernel, min(items, processors),
         describe(q, ROWS.value, tile.BLOCK_D), describe(k, tile.BLOCK_N, tile.BLOCK_D),
         describe(v, tile.BLOCK_N, tile.BLOCK_D), describe(o, ROWS.value, tile.BLOCK_D),
-        lse, poisoned, scale * LOG2E, items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
+        lse, poisoned, counter, scale * LOG2E,
+        items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
         device=q.device, **bounds, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D,
         STAGES=tile.num_stages, REGISTERS=tile.registers,
         REST=registers * (warpgroups + 1) - tile.registers * warpgroups, num_warps=4, maxnreg=registers,
