@@ -125,7 +125,7 @@ def launches(architecture, quick=False):
     """Every launcher with the arguments that choose another build: (label, launcher, arguments). float16 is built as
     bfloat16 is; only for sm_90 do causal and full attention have tiles of their own."""
     if architecture == "sm_90":
-        from triton_attention_hopper import NEW_PTXAS, forward
+        from triton_attention_hopper import forward
         from triton_attention_scores_hopper import scores_hopper
 
         for D in (64, 128):
@@ -133,7 +133,7 @@ def launches(architecture, quick=False):
             yield f"scores on Hopper bfloat16 D{D}", scores_hopper, (q, q, 0.125)
             lse = torch.zeros(1, 2, 256)
             kinds = (("full", None, None), ("causal", None, 0), ("window", -64, 0))
-            for kind, left, right in kinds[: 2 if NEW_PTXAS and D > 64 else 3]:
+            for kind, left, right in kinds[: 2 if triton_attention_launch.TRITON >= (3, 9) and D > 64 else 3]:
                 yield f"fused on Hopper bfloat16 D{D} {kind}", forward, (q, q, q, q, lse, 0.125, left, right, 132)
     for dtype, D in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64), (torch.float64, 64)):
         name = str(dtype).removeprefix("torch.")

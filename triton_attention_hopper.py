@@ -32,14 +32,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention_fused import walk_one_by_one
-from triton_attention_launch import launch, tile_for
+from triton_attention_launch import TRITON, launch, tile_for
 from triton_attention_logits import key_range
 from triton_attention_scores_hopper import describe, load_async, readable, store_async
 from triton_attention_tiles import head_ptr, store_tile
 
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # queries of a warpgroup
-NEW_PTXAS = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 9)  # spills where the older ones do not
 SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
 L2 = 40 << 20  # bytes: heads whose keys and values fit there are worked on together
 
@@ -388,7 +387,7 @@ def applies(q, k, v, o, scale, left):
     (B, H, M, D), (N, DV) = q.shape, v.shape[2:]
     return (
         q.element_size() == 2 and 0 < D <= 128 and 0 < DV <= 128 and scale > 0.0 and M > 16
-        and not (NEW_PTXAS and left is not None and max(D, DV) > 64)
+        and not (TRITON >= (3, 9) and left is not None and max(D, DV) > 64)  # which its ptxas spills
         and 4 * B * H * M * N * D >= SMALLEST and all(readable(t) for t in (q, k, v, o))
     )
 
@@ -397,7 +396,7 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
     """Fill o and lse, see fused_op in triton_attention_fused.py; for what applies()."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
     banded = left is not None or right is not None
-    tile = tile_for("fused hopper" + (", new ptxas" if NEW_PTXAS else ""), q.dtype, max(D, DV), banded)
+    tile = tile_for("fused hopper", q.dtype, max(D, DV), banded)
     row_tiles, warpgroups = triton.cdiv(M, tile.BLOCK_M), tile.BLOCK_M // ROWS.value
     items = B * H * row_tiles
     registers = (1 << 16) // (128 * (warpgroups + 1)) // 8 * 8  # of a thread, before they are dealt out

@@ -54,6 +54,7 @@ from triton_attention_replay import allows_tf32, note, off, recording, replayed 
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
+TRITON = tuple(int(x) for x in triton.__version__.split(".")[:2])
 MAX_TILE = 1 << 20 if INTERPRETED else 1 << 16  # elements: Triton's own limit, and the registers of a multiprocessor
 
 
@@ -247,16 +248,23 @@ def architecture():
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
+def places_of(arch):
+    """Whose rows of the table serve a GPU, the last of them first."""
+    return ["any", arch, *(f"{arch}, triton {x}.{y}" for x, y in ((3, 8), (3, 9)) if TRITON >= (x, y))]
+
+
 @functools.lru_cache
 def _tuned(op, arch, bits, head_dim, causal):
     """The table's row for the smallest head dim that holds ours, the widest one past the table's end: of several, one
-    for this GPU before one for any. An op named "op, variant" takes the row of "op" where there is none of the variant.
+    for this GPU before one for any, and before it one for this GPU from some Triton on. An op named "op, variant" takes
+    the row of "op" where there is none of the variant.
     """
     names, found = (op, op.split(",")[0]), []
+    places = places_of(arch)
     for i, ((name, where, row_bits, dim, row_causal), tile) in enumerate(tuned.TILES.items()):
-        if name in names and where in (arch, "any") and row_bits == bits and row_causal in (causal, None):
+        if name in names and where in places and row_bits == bits and row_causal in (causal, None):
             fit = -dim if dim >= head_dim else dim - (1 << 30)
-            found.append((fit, where == arch, name == op, i, tile))
+            found.append((fit, places.index(where), name == op, i, tile))
     if not found:
         raise KeyError(f"no tile for {op}, {bits} bits")
     return max(found)[-1]
