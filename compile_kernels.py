@@ -101,8 +101,8 @@ def usage(kernel):
 
 
 def softmax_beneath(kernel):
-    """Whether in the loops over the keys of the Hopper kernel the exponentials are between the issue of P V and the wait
-    for it. (ptxas may move that wait up: right results, a third slower.)"""
+    """Whether in the loops over the keys of the Hopper kernel the exponentials are between the issue of P V and the
+    wait for it. (ptxas may move that wait up: right results, a third slower.)"""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", cuobjdump(kernel.asm["cubin"], "--dump-sass"))
     code = [(int(address, 16), text) for address, text in found]
     good = []

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import emulate_hopper
 import triton_attention_replay
 from testing import (
     BF16, DEVICE, F16, GPU, HERE, INF, INTERPRETED, NAN, T, compare, fused, randn, run_python, torch_fused,
@@ -115,6 +116,18 @@ def test_gpu_scores_hopper(dtype):
     for _ in range(4):  # the third is a replay
         q = torch.randn_like(q)
         assert torch.equal(attention_scores(q, k), attention_scores(q, k, block_m=128))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernel itself")
+@pytest.mark.parametrize("case", emulate_hopper.CASES, ids=str)
+def test_hopper_protocol(case):
+    assert emulate_hopper.check(**case)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernel itself")
+@pytest.mark.parametrize("bug", emulate_hopper.BUGS)
+def test_hopper_protocol_bugs_are_noticed(bug):
+    assert emulate_hopper.notices(bug)
 
 
 @pytest.mark.skipif(hopper("triton_attention_hopper") is None, reason="needs a Hopper GPU")
