@@ -130,6 +130,10 @@ def fused_launches(dtype, D, quick):
         yield f"fused {name} {kind}", fused_op, arguments
         arguments = (q, None, q, k, k, mask, None, None, q, lse, stats, *scalars, None, right)
         yield f"fused backward {name} {kind}", fused_backward_op, arguments
+    if dtype == torch.float32:  # few queries: not in parts
+        few, saved = q[:, :, :8], (lse[:, :, :8], stats[:, :, :8])
+        arguments = (few, None, few, k, k, None, None, None, few, *saved, *scalars, None, 0)
+        yield f"fused backward {name} few", fused_backward_op, arguments
     if quick and dtype != torch.float32:
         return
     arguments = (q, q, k, k, bias, None, lse.new_zeros(8, 128, 256, 4), [1, 1, 256, 256], dtype, *scalars, None, None)

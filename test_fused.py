@@ -138,6 +138,27 @@ def test_float32_in_parts(monkeypatch):
         assert (attention_fused(q, k, v, hidden) - expected).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("dtype", (F32, F16), ids=str)
+@pytest.mark.parametrize("softcap", (0.0, 5.0))
+def test_gradients_past_a_hidden_nan(softcap, dtype):
+    """Keys and values that no query sees may hold NaN: gradients are those without them, zeros there."""
+    q, k, v = (randn(1, 2, 20, 16, dtype=dtype) for _ in range(3))
+    hidden = torch.arange(20, device=DEVICE) < 14
+    do, dlse = torch.randn(1, 2, 20, 16, device=DEVICE, dtype=dtype), torch.randn(1, 2, 20, device=DEVICE)
+
+    def grads(k, v):
+        out = fused(q, k, v, hidden, softcap=softcap)
+        return torch.autograd.grad(out, (q, k, v), (do, dlse))
+
+    expected = grads(k, v)
+    for poison in (NAN, INF):
+        bad = [t.detach().clone() for t in (k, v)]
+        for t in bad:
+            t[:, :, 15] = poison
+        for mine, right in zip(grads(*(t.requires_grad_() for t in bad)), expected, strict=True):
+            assert (mine - right).abs().max() < 2e-3
+
+
 def test_merge_attention():
     """Two halves of the keys are the whole, with their gradients; a half that sees nothing counts nothing."""
     q, k, v = randn(2, 2, 30, 16), randn(2, 2, 50, 16), randn(2, 2, 50, 16)

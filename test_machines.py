@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import emulate_hopper
+import triton_attention_hopper
 import triton_attention_replay
 from testing import (
     BF16, DEVICE, F16, GPU, HERE, INF, INTERPRETED, NAN, T, compare, fused, randn, run_python, torch_fused,
@@ -130,12 +131,29 @@ def test_hopper_protocol_bugs_are_noticed(bug):
     assert emulate_hopper.notices(bug)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernel itself")
+@pytest.mark.parametrize("left,right", [(None, 0), (-60, 10)])
+def test_hopper_repair(left, right):
+    """NaN and inf in V where some of a tile's queries do not see it: the kernel marks the tile, its repair is right."""
+    q, k, v = (torch.randn(1, 2, 200, 32) for _ in range(3))
+    v[:, :, 130], v[0, 1, 70, 3] = NAN, INF
+    o, lse, poisoned = emulate_hopper.forward(q, k, v, 0.2, left, right)
+    clean = emulate_hopper.exact(q, k, v.nan_to_num(0.0, 0.0), 0.2, left, right)[0]
+    sees = torch.ones(200, 200).tril(right).triu(left if left is not None else -200) > 0
+    assert poisoned.any() and not poisoned.all()
+    triton_attention_hopper.repair(q, k, v, o, lse, poisoned, 0.2, left, right)
+    for head, seen in ((0, sees[:, 130]), (1, sees[:, 130] | sees[:, 70])):
+        assert (o[0, head, ~seen] - clean[0, head, ~seen]).abs().max() < 1e-5
+        assert not o[0, head, seen, 3].isfinite().any()
+
+
 @pytest.mark.skipif(hopper("triton_attention_hopper") is None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("D,Dv", [(64, 64), (128, 128), (40, 64), (96, 8)])
 def test_gpu_fused_hopper(D, Dv, monkeypatch):
     kernels, used = hopper("triton_attention_hopper"), []
     forward = kernels.forward
     monkeypatch.setattr(kernels, "SMALLEST", 0)
+    monkeypatch.setattr(kernels, "FEWEST", 0)
     monkeypatch.setattr(kernels, "forward", lambda *args: used.append(args) or forward(*args))
     monkeypatch.setattr(triton_attention_replay, "_records", {})
     everywhere = (-1, -1)
@@ -175,6 +193,20 @@ def test_gpu_cuda_graph():
     q.normal_()
     graph.replay()
     assert (out - attention_staged(q, k, v)[0]).abs().max() == 0
+
+
+@GPU
+def test_gpu_cuda_graph_of_causal_attention():
+    """On Hopper a counter hands out the tiles: each replay of a graph starts it anew."""
+    q, k, v = (torch.randn(4, 16, 2048, 64, device=DEVICE, dtype=BF16) for _ in range(3))
+    attention_fused(q, k, v, is_causal=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention_fused(q, k, v, is_causal=True)
+    for _ in range(3):
+        q.normal_()
+        graph.replay()
+        assert torch.equal(out, attention_fused(q, k, v, is_causal=True))
 
 
 @GPU

@@ -27,14 +27,14 @@ from triton_attention_checks import (
     autocast, check_blocks, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape, check_sinks,
     check_softcap, check_tensors, check_window,
 )
-from triton_attention_fused_backward import exact, fused_arguments, fused_backward_op
+from triton_attention_fused_backward import FEW_QUERIES, exact, fused_arguments, fused_backward_op
 from triton_attention_fused_bias import fused_bias_gradient_op
 from triton_attention_launch import (
     DEVICE, INTERPRETED, compile_options, define_op, differentiate, empty_heads, fold, hopper, launch, must_dispatch,
     replayable, tile_for, unfold,
 )
 from triton_attention_logits import exponential, key_range, load_pair, logits, steps, store_pair
-from triton_attention_parts import split
+from triton_attention_parts import in_parts
 from triton_attention_tiles import (
     head_ptr, inverse_sum, keep_mask, load_parts, load_tile, product, rows_dot, signed, split_program, store_tile,
     whole,
@@ -87,7 +87,7 @@ def walk_one_by_one(
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """acc of a few rows, without the products 0 * NaN of a dot; m_i is their final maximum."""
+    """acc of a few rows, without the products 0 * NaN of a dot; m_i is their final maximum, or lse: then acc is O."""
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q = whole(load_parts(q_ptr, q_strides, (M, D), offs_m, offs_d, PRECISION), PRECISION).to(m_i.dtype) * SIGN
     acc = tl.zeros([offs_m.shape[0], BLOCK_DV], m_i.dtype)
@@ -259,9 +259,9 @@ def fused_op(
     if lse.numel() == 0:
         return outputs
     plain = mask is None and sinks is None and seed is None and softcap == 0.0 and block_m is None and block_n is None
-    if plain and k.shape[2] > 0 and not must_dispatch((q, k, v)):
+    if plain and k.shape[2] > 0 and not must_dispatch((q, k, v)):  # torch.compile gets the plain kernel
         kernels = hopper("triton_attention_hopper")
-        if kernels and kernels.applies(q, k, v, o, scale, left):
+        if kernels and kernels.applies(q, k, v, o, scale, left, _processors(q.device)):
             kernels.forward(q, k, v, o, lse, scale, left, right, _processors(q.device))
             return outputs
     if q.shape[2] == 1 and k.shape[1] > 0 and seed is None:
@@ -277,14 +277,13 @@ def fused_op(
     sinks_strides = (0, 0) if sinks is None else (sinks.stride(0), sinks.stride(1) if sinks.dim() == 2 else 0)
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     width = max(constants["D"], constants["DV"])
-    op = ("fused few" if M <= 16 else "fused") + ("" if mask is None else ", masked")
+    op = ("fused few" if M <= FEW_QUERIES else "fused") + ("" if mask is None else ", masked")
     tile = tile_for(op, q.dtype, width, right is not None, block_m, block_n)
     programs = B * H * triton.cdiv(M, tile.BLOCK_M)
     splits = _splits(programs, N, tile.BLOCK_N, q.device)
     chunk = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
     splits = triton.cdiv(N, chunk)
-    if constants["PRECISION"] == "parts" and M > 16:
-        q, k, v = split(q), split(k), split(v)
+    q, k, v = in_parts(constants["PRECISION"], q, k, v)
     part, part_stats = o[None], stats
     if splits > 1:
         part, part_stats = lse.new_empty(splits, *o.shape), lse.new_empty(splits, *lse.shape, 2)

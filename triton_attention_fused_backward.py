@@ -20,7 +20,7 @@ import triton.language as tl
 
 from triton_attention_launch import INTERPRETED, compile_options, define_op, dot_precision, launch, tile_for
 from triton_attention_logits import exponential, key_range, load_pair, logits, query_range, steps, store_pair
-from triton_attention_parts import split
+from triton_attention_parts import in_parts
 from triton_attention_tiles import (
     dot, head_ptr, inverse_sum, keep_mask, load_parts, load_tile, map_finite, product, rows_dot, signed, split_program,
     store_tile, whole,
@@ -83,11 +83,11 @@ def dscores(
     if EXACT:
         ds -= tl.expand_dims(rest, 1 - M_AXIS)
     ds *= p
-    if MASKED:  # a hidden key may hold NaN
-        ds = tl.where(p == 0.0, 0.0, ds)
     ds_qk = ds
     if SOFTCAP > 0.0:
         ds_qk = ds * (1.0 - tanh * tanh)
+    if MASKED:  # a hidden key may hold NaN
+        ds, ds_qk = tl.where(p == 0.0, 0.0, ds), tl.where(p == 0.0, 0.0, ds_qk)
     return ds, ds_qk
 
 
@@ -122,11 +122,11 @@ def _walk_keys(
         if DROPOUT:
             keep = keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N)
             dp = tl.where(keep, dp * keep_factor, 0.0)
-        ds_logits, ds = dscores(p, dp, tanh, rows[2], rows[3], 0, MASKED, SOFTCAP, False)
+        ds_logits, ds = dscores(p, dp, tanh, rows[2], rows[2], 0, MASKED, SOFTCAP, False)  # no rest yet
         if EXACT:
             left_over += tl.sum(ds_logits, 1)
             if SOFTCAP > 0.0:
-                p *= 1.0 - tanh * tanh
+                p = tl.where(p == 0.0, 0.0, p * (1.0 - tanh * tanh))
             if HAS_DLSE:
                 ds += tl.where(p == 0.0, 0.0, p * rows[3][:, None])
             pk = dot(p.to(k[0].dtype), k[0], pk, "ieee" if PRECISION == "parts" else PRECISION)
@@ -315,6 +315,9 @@ def _dkdv_kernel(
     store_tile(dv_ptr, (stride_wn, stride_wd), (N, DV), offs_n, offs_e, dv)
 
 
+FEW_QUERIES = 16  # queries, up to which a tile of all of them reads the keys once
+
+
 def exact(dtype):
     """Whether P must be as exact as float32: from the maximum and the sum of a row, not from the rounded lse."""
     return dtype.itemsize >= 4 or (INTERPRETED and dtype == torch.bfloat16)  # which is interpreted as float32
@@ -323,6 +326,7 @@ def exact(dtype):
 def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
     """What the launchers share: (q, v, mask, strides of the mask, scalars, constants).
 
+    float32 is multiplied in parts that are written out before, where many programs read them, and fit the registers.
     float64 is special: a kernel's scalar arguments are float32, so its scale goes into q and its dropout factor into v.
     """
     keep_factor = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
@@ -347,7 +351,7 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
         "PRECISION": dot_precision(q.dtype),
         "BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
     }
-    if constants["PRECISION"] == "bf16x6" and max(D, DV) <= 128:  # wider parts do not fit the registers
+    if constants["PRECISION"] == "bf16x6" and max(D, DV) <= 128 and q.shape[2] > FEW_QUERIES:
         constants["PRECISION"] = "parts"
     return q, v, mask, strides, scalars, constants
 
@@ -374,9 +378,9 @@ def fused_backward_op(
     lse, stats = lse.contiguous(), stats.contiguous()  # which vmap may have expanded
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     width, variant = max(constants["D"], constants["DV"]), "" if mask is None else ", masked"
+    variant = ", few" if M <= FEW_QUERIES else variant
     dtype = q.dtype
-    if constants["PRECISION"] == "parts":
-        do, q, k, v = split(do), split(q), split(k), split(v)
+    do, q, k, v = in_parts(constants["PRECISION"], do, q, k, v)
     tile = tile_for(f"fused dq{variant}", dtype, width, right is not None)
     launch(
         _dq_kernel, B * H * triton.cdiv(M, tile.BLOCK_M),

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from triton_attention_fused_backward import dscores, fused_arguments, load_record, probs
 from triton_attention_launch import compile_options, define_op, launch, tile_for
-from triton_attention_parts import split
+from triton_attention_parts import in_parts
 from triton_attention_tiles import head_ptr, keep_mask, load_parts, rows_dot, signed, split_program, store_tile
 
 
@@ -105,8 +105,7 @@ def fused_bias_gradient_op(
     for flag in ("HAS_MASK", "HAS_BIAS"):
         del constants[flag]
     dtype = q.dtype
-    if constants["PRECISION"] == "parts":
-        do, q, k, v = split(do), split(q), split(k), split(v)
+    do, q, k, v = in_parts(constants["PRECISION"], do, q, k, v)
     tile = tile_for("fused dbias", dtype, max(constants["D"], constants["DV"]), False)
     sums = [size == 1 for size in shape]
     launch(

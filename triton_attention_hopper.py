@@ -15,7 +15,7 @@ in length: then the longest come first, and whoever is done takes the next numbe
 
 Where the speed is from: wgmma stays in flight under the softmax only because the wait for the next K is between the
 exponentials and the wait for P V; without it ptxas moves the latter up. A branch around the mask, not a second loop,
-which would spill. 240 registers a thread of two warpgroups, or 160 of three, and 24 for the warp that fetches. On an
+which would spill. 240 registers a thread of two warpgroups, or 160 of three, and few for the warp that fetches. On an
 H100, bfloat16, [4, 16, 4096, 128]: 445 -> 686 TFLOP/s, causal 407 -> 597.
 
 Shah et al., "FlashAttention-3", 2024, for warp specialisation and the order of the two products. Gluon
@@ -40,6 +40,7 @@ from triton_attention_tiles import head_ptr, store_tile
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # queries of a warpgroup
 SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
+FEWEST = 1  # tiles of 128 queries a multiprocessor; with fewer, the plain kernel splits the keys
 L2 = 40 << 20  # bytes: heads whose keys and values fit there are worked on together
 
 
@@ -83,7 +84,7 @@ def _hide(s, row, start_n, N, left, right, LEFT: gl.constexpr, RIGHT: gl.constex
     m = gl.expand_dims(row + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout)), 1)
     start_n = _inline("mov.b32 $0, $1;", start_n)  # not hoisted: LLVM would keep the mask of the last keys in registers
     n = gl.expand_dims(start_n + gl.arange(0, s.shape[1], gl.SliceLayout(0, layout)), 0)
-    keep = (n < N) & (m >= 0)
+    keep = (n < N) & (m >= 0)  # the latter always; it gives `keep` its full shape
     if RIGHT:
         keep = keep & (n <= m + right)
     if LEFT:
@@ -382,13 +383,14 @@ def _repair_kernel(
                     store_tile(o_head, (stride_om, stride_od), (M, DV), offs_m, tl.arange(0, BLOCK_DV), acc)
 
 
-def applies(q, k, v, o, scale, left):
-    """Whether the kernel takes these inputs and is worth its descriptors; else the plain kernel runs."""
+def applies(q, k, v, o, scale, left, processors):
+    """Whether the kernel takes these inputs, is worth its descriptors and fills the GPU; else the plain kernel runs."""
     (B, H, M, D), (N, DV) = q.shape, v.shape[2:]
     return (
         q.element_size() == 2 and 0 < D <= 128 and 0 < DV <= 128 and scale > 0.0 and M > 16
         and not (TRITON >= (3, 9) and left is not None and max(D, DV) > 64)  # which its ptxas spills
-        and 4 * B * H * M * N * D >= SMALLEST and all(readable(t) for t in (q, k, v, o))
+        and 4 * B * H * M * N * D >= SMALLEST and B * H * triton.cdiv(M, 128) >= FEWEST * processors
+        and all(readable(t) for t in (q, k, v, o))
     )
 
 
@@ -401,25 +403,32 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
     items = B * H * row_tiles
     registers = (1 << 16) // (128 * (warpgroups + 1)) // 8 * 8  # of a thread, before they are dealt out
     section = max(1, min(B * H, L2 // (N * 4 * tile.BLOCK_D)))
-    groups, width = items * warpgroups, {"BLOCK_D": tile.BLOCK_D, "BLOCK_DV": tile.BLOCK_D}
-    poisoned, counter = lse.new_empty(groups, dtype=torch.int32), lse.new_empty(1, dtype=torch.int32)
+    poisoned, counter = (lse.new_empty(size, dtype=torch.int32) for size in (items * warpgroups, 1))
     if banded:
         launch(_zero_kernel, 1, counter, num_warps=1)
-    bounds = {"LEFT": left is not None, "RIGHT": right is not None}
     launch(
         _forward_kernel, min(items, processors),
         describe(q, ROWS.value, tile.BLOCK_D), describe(k, tile.BLOCK_N, tile.BLOCK_D),
         describe(v, tile.BLOCK_N, tile.BLOCK_D), describe(o, ROWS.value, tile.BLOCK_D),
         lse, poisoned, counter, scale * LOG2E,
         items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
-        device=q.device, **bounds, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D,
-        STAGES=tile.num_stages, REGISTERS=tile.registers,
+        device=q.device, LEFT=left is not None, RIGHT=right is not None,
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages,
+        REGISTERS=tile.registers,
         REST=registers * (warpgroups + 1) - tile.registers * warpgroups, num_warps=4, maxnreg=registers,
     )
     if banded:
-        launch(
-            _repair_kernel, triton.cdiv(groups, 32),
-            q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(),
-            lse, poisoned, scale, groups, row_tiles * warpgroups, H, H // Hk, M, N, left or 0, right or 0,
-            D=int(D), DV=int(DV), **bounds, SIZE=ROWS.value, BLOCK_M=16, **width, MOST=32, num_warps=8,
-        )
+        repair(q, k, v, o, lse, poisoned, scale, left, right)
+
+
+def repair(q, k, v, o, lse, poisoned, scale, left, right):
+    """Compute again what is `poisoned`: a flag for each 64 queries of a head, up to the end of its last tile."""
+    (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
+    groups = poisoned.numel()
+    launch(
+        _repair_kernel, triton.cdiv(groups, 32),
+        q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(),
+        lse, poisoned, scale, groups, groups // (B * H), H, H // Hk, M, N, left or 0, right or 0,
+        D=int(D), DV=int(DV), LEFT=left is not None, RIGHT=right is not None, SIZE=ROWS.value, BLOCK_M=16,
+        BLOCK_D=triton.next_power_of_2(D), BLOCK_DV=triton.next_power_of_2(DV), MOST=32, num_warps=8,
+    )

@@ -3,7 +3,7 @@
     float32   s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm      x = high + middle + low, 8 bits of the 24 each
               high ......--------                     a b = a.high b.high + (a.high b.middle + a.middle b.high)
               middle             --------                 + (a.high b.low + a.middle b.middle + a.low b.high) + ...
-              low                        --------     what is left out is below 2^-24 of the sum
+              low                        --------     what is left out is below 2^-25 of |a| |b|
 
 Six products of bfloat16 at 16 times the rate of float32's own units leave time to spare; but to split a tile costs as
 much as to multiply it, and every program would split the keys again. On an H100, [4, 16, 4096, 64], forward 16.8 -> 3.9
@@ -37,9 +37,14 @@ def _split_kernel(
     store_tile(parts_ptr + 2 * BLOCK_D, strides, shape, offs_m, offs_d, low)
 
 
+def in_parts(precision, *tensors):
+    """The tensors as a kernel of this PRECISION takes them."""
+    return tuple(split(t) for t in tensors) if precision == "parts" else tensors
+
+
 def split(x):
     """The parts [B, H, M, 3 * W] of float32 x [B, H, M, D] for load_parts: W is the power of two >= 16 that holds D,
-    with zeros between."""
+    with zeros between. What was expanded is written out."""
     (B, H, M, D), W = x.shape, max(16, triton.next_power_of_2(x.shape[3]))
     parts = x.new_empty(B, H, M, 3 * W, dtype=torch.float32 if PART.value == tl.float32 else torch.bfloat16)
     if parts.numel() == 0:

@@ -9,7 +9,7 @@
 import triton
 import triton.language as tl
 
-# of the parts of float32; the interpreter, which cannot multiply bfloat16, has all in the first of three
+# the dtype of a part of float32; in the interpreter, which cannot multiply bfloat16, the first part is the whole number
 PART = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
 
@@ -59,12 +59,10 @@ def load_parts(
 ):
     """A tile as product and rows_dot take it, a tuple: of the tile, or under "parts" of the three parts of float32.
 
-    Those are side by side in memory where triton_attention_parts.py has written them, in tiles as wide as `cols`.
+    Those are side by side in memory, as triton_attention_parts.py has written them, in tiles as wide as `cols`.
     """
     if PRECISION != "parts":
         return (load_tile(ptr, strides, shape, rows, cols, 0.0, CHECK_ROWS, CHECK_COLS),)
-    elif ptr.dtype.element_ty == tl.float32 and PART != tl.float32:
-        return split_finite(load_tile(ptr, strides, shape, rows, cols, 0.0, CHECK_ROWS, CHECK_COLS))
     else:
         width: tl.constexpr = cols.shape[0]
         high = load_tile(ptr, strides, shape, rows, cols, 0.0, CHECK_ROWS, False)
@@ -103,14 +101,14 @@ def map_finite(parts, PRECISION: tl.constexpr):
 
 @triton.jit
 def signed(parts, SIGN: tl.constexpr):
-    """load_parts, not under "parts", times a sign."""
+    """load_parts times a sign; never of float32, whose scale is applied to the scores."""
     return ((parts[0] * SIGN).to(parts[0].dtype),)
 
 
 @triton.jit
 def six_products(a, b, acc):
-    """acc + a @ b of float32 in parts of bfloat16, on tensor cores: but for three products below 2^-26 of the largest,
-    all of them, the smallest first."""
+    """acc + a @ b of float32 in parts of bfloat16, on tensor cores, the smallest first; left out are three products,
+    together below 2^-25 of |a| |b|."""
     small = tl.dot(a[1], b[1])
     small = tl.dot(a[0], b[2], small)
     small = tl.dot(a[2], b[0], small)
@@ -134,8 +132,8 @@ def rows_dot(a, a_at, b, b_at, acc, D: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a @ b^T of tiles of rows from load_parts; a_at and b_at, (ptr, stride of a row, of a column, rows of the
     matrix, offsets of these rows), say where they came from.
 
-    Else float32 is loaded again, a slice of the head dim at a time: a wide tile that stays in registers would fill them
-    with its parts, and a sum of slices is more exact than one of all, as PyTorch's is too.
+    Under "bf16x6" and "ieee" float32 is loaded again, a slice of the head dim at a time: a wide tile that stays in
+    registers would fill them with its parts, and a sum of slices is more exact than one of all, as PyTorch's is too.
     """
     if PRECISION == "parts":
         return six_products(a, (tl.trans(b[0]), tl.trans(b[1]), tl.trans(b[2])), acc)
