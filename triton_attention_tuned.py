@@ -1,10 +1,10 @@
 """The tuned tiles, data only: which BLOCK_M x BLOCK_N, warps and pipeline stages a kernel starts from.
 
 A row is (kernel, architecture, bits of the dtype, head dim up to, causal or None for both). "any" serves every GPU
-without a row of its own and fits the smallest shared memory (64 KiB). From Triton 3.9 on, whose ptxas takes more
-registers, a row of "sm_90, triton 3.9" comes before that of "sm_90", which would spill; 3.8 likewise. The figures are
-for [4, 16, 4096, D] bfloat16 or float32 on an NVIDIA H200 (device copy 4250 GB/s), in ms; on an H100 (3020 GB/s) where
-a row says so.
+without a row of its own and fits the smallest shared memory (64 KiB). A row of "sm_90, triton 3.9" serves from that
+Triton on, and comes first: its ptxas takes more registers, and the other row would spill. The figures are for
+[4, 16, 4096, D] bfloat16 or float32 on an NVIDIA H200 (device copy 4250 GB/s), in ms; on an H100 (3020 GB/s) where a
+row says so.
 """
 
 from typing import NamedTuple
@@ -110,6 +110,10 @@ TILES = {
     ("fused dkdv", "any", 32, 256, None): Tile(16, 16, 256, 8, 1, registers=255),
     ("fused dkdv", "any", 64, 64, None): Tile(16, 16, 64, 8, 1, registers=255),
     ("fused dbias", "any", 16, 256, None): Tile(16, 32, 256, 8, 1, registers=255),
+    ("fused dq", "sm_120, triton 3.8", 32, 64, None): Tile(16, 64, 64, 8, 1, registers=255),
+    ("fused dbias", "sm_100, triton 3.8", 32, 64, None): Tile(16, 64, 64, 8, 1, registers=255),
+    ("fused dbias", "sm_100, triton 3.8", 32, 128, None): Tile(16, 32, 128, 4, 1, registers=255),
+    ("fused dbias", "sm_120, triton 3.8", 32, 128, None): Tile(16, 32, 128, 4, 1, registers=255),
     ("fused dbias", "any", 32, 64, None): Tile(32, 64, 64, 8, 1, registers=255),
     ("fused dbias", "any", 32, 128, None): Tile(16, 32, 128, 8, 1, registers=255),
     ("fused dbias", "any", 32, 256, None): Tile(32, 16, 256, 8, 1, registers=255),
