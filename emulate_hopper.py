@@ -160,24 +160,28 @@ def atomic_add(ptr, value, sem):
         return int(ptr.data[ptr.offset]) - value
 
 
-def warp_specialize(partitions, warps, registers):
-    """Each partition a thread; the first that fails fails all."""
-    errors, number, size = [], here.number, here.size
+def together(jobs):
+    """Run (program number, function, arguments) each in a thread of its own; raise the first error."""
+    errors, size = [], here.size
 
-    def work(function, args):
+    def work(number, function, args):
         here.number, here.size, here.stores = number, size, ()
         try:
             function(*args)
         except Exception as error:  # noqa: BLE001  it is raised again below
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=p, name=f"{p[0].__name__} {i}") for i, p in enumerate(partitions)]
+    threads = [threading.Thread(target=work, args=job, name=f"{job[1].__name__} {i}") for i, job in enumerate(jobs)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if errors:
         raise errors[0]
+
+
+def warp_specialize(partitions, warps, registers):
+    together([(here.number, function, args) for function, args in partitions])
 
 
 def allocate(dtype, shape, layout):
@@ -247,27 +251,14 @@ def forward(q, k, v, scale, left=None, right=None, block_m=128, stages=2, progra
     row_tiles = -(-M // block_m)
     o, lse = torch.full_like(q, torch.nan), torch.full((B * H * M,), torch.nan)
     poisoned, counter = torch.full((B * H * row_tiles * (block_m // 64),), -1), torch.zeros(1, dtype=torch.int32)
-    errors = []
-
-    def run(number):
-        here.number, here.size, here.stores = number, programs, ()
-        try:
-            kernel._forward_kernel(
-                Descriptor(q, 64, 64), Descriptor(k, 128, 64), Descriptor(v, 128, 64), Descriptor(o, 64, 64),
-                Pointer(lse), Pointer(poisoned), Pointer(counter), scale * 1.4426950408889634,
-                B * H * row_tiles, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
-                left is not None, right is not None, block_m, 128, 64, stages, 0, 0,
-            )
-        except Exception as error:  # noqa: BLE001
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(programs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    arguments = (
+        Descriptor(q, 64, 64), Descriptor(k, 128, 64), Descriptor(v, 128, 64), Descriptor(o, 64, 64),
+        Pointer(lse), Pointer(poisoned), Pointer(counter), scale * 1.4426950408889634,
+        B * H * row_tiles, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
+        left is not None, right is not None, block_m, 128, 64, stages, 0, 0,
+    )
+    here.size = programs
+    together([(number, kernel._forward_kernel, arguments) for number in range(programs)])
     return o, lse.view(B, H, M), poisoned
 
 
