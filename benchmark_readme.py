@@ -90,7 +90,7 @@ def block_sizes():
     if not load(FOLDER / "benchmark_block_sizes.json"):
         return []
     return [
-        "How the time of a kernel depends on its tile (hatched: it does not fit):", "",
+        "How the time of a kernel depends on its tile (hatched: it does not fit; fused is the plain kernel):", "",
         "![Time of each kernel over BLOCK_M and BLOCK_N](heatmap.png)",
     ]
 
