@@ -19,6 +19,8 @@ from types import SimpleNamespace
 
 import torch
 
+from testing import torch_fused
+
 SOURCE = Path(__file__).parent / "triton_attention_hopper.py"
 
 
@@ -263,13 +265,10 @@ def forward(q, k, v, scale, left=None, right=None, block_m=128, stages=2, progra
 
 
 def exact(q, k, v, scale, left=None, right=None):
-    m, n = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]
-    hidden = torch.zeros(len(m), n.shape[1], dtype=torch.bool)
-    hidden |= n > m + right if right is not None else hidden
-    hidden |= n < m + left if left is not None else hidden
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    s = (q @ k.mT * scale).masked_fill(hidden, -torch.inf)
-    return torch.softmax(s, -1).nan_to_num(0.0) @ v, torch.logsumexp(s, -1)
+    """(O, lse) by PyTorch."""
+    M, N = q.shape[2], k.shape[2]
+    sees = torch.ones(M, N).tril(N if right is None else right).triu(-M if left is None else left) > 0
+    return torch_fused(q, k, v, sees, scale=scale)
 
 
 def check(source=None, **options):

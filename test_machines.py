@@ -12,8 +12,8 @@ import emulate_hopper
 import triton_attention_hopper
 import triton_attention_replay
 from testing import (
-    BF16, DEVICE, F16, GPU, HERE, INF, INTERPRETED, NAN, T, compare, fused, randn, run_python, torch_fused,
-    torch_scores, torch_staged,
+    BF16, DEVICE, F16, GPU, HERE, INF, INTERPRETED, NAN, T, assert_close, compare, fused, randn, run_python,
+    torch_fused, torch_scores, torch_staged,
 )
 from triton_attention_fused import attention_fused
 from triton_attention_launch import hopper
@@ -169,13 +169,14 @@ def test_gpu_fused_hopper(D, Dv, monkeypatch):
             assert used
     q, k, v = (torch.randn(1, 2, 700, D, device=DEVICE, dtype=BF16) for D in (D, D, Dv))
     expected = attention_fused(q, k, v, is_causal=True)
+    lower = torch_fused(q, k, v, is_causal=True)[0][:, :, :300]
+    exact = torch_fused(q.double(), k.double(), v.double(), is_causal=True)[0][:, :, :300]
     for poison in (NAN, INF):  # hidden from the queries before them
         k[:, :, 400], v[:, :, 300] = poison, poison
         for _ in range(4):  # the third is a replay
             out = attention_fused(q, k, v, is_causal=True)
             assert torch.equal(out[:, :, :256], expected[:, :, :256]) and not out[:, :, 300:].isfinite().any()
-            near = out[:, :, 256:300] - expected[:, :, 256:300]  # of the 64 queries with NaN: again, in another order
-            assert near.abs().max() < 0.02
+            assert_close(out[:, :, :300], lower, exact, "queries before")  # some are computed again, a key at a time
     used.clear()
     for scale, mask in ((-0.1, None), (0.1, torch.ones(700, 700, dtype=torch.bool, device=DEVICE))):
         attention_fused(q, k, v, mask, scale=scale)

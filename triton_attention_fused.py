@@ -11,12 +11,11 @@
 
 Dao et al., "FlashAttention", 2022, with the loop order of Dao, "FlashAttention-2", 2023; the online softmax is Milakov
 and Gimelshein's, 2018. Few queries and many keys (decoding) would leave the GPU idle: then programs share the keys of
-a query tile, and their results are merged by their lse ("Flash-Decoding", Dao et al., 2023).
+a query tile (triton_attention_merge.py).
 
 Exponentials are base 2 inside, one instruction on a GPU; log2(e) is folded into the scale. The public lse is natural.
 """
 
-import functools
 import math
 
 import torch
@@ -33,15 +32,14 @@ from triton_attention_launch import (
     DEVICE, INTERPRETED, compile_options, define_op, differentiate, empty_heads, fold, hopper, launch, must_dispatch,
     replayable, tile_for, unfold,
 )
-from triton_attention_logits import exponential, key_range, load_pair, logits, steps, store_pair
+from triton_attention_logits import exponential, key_range, logits, steps, store_pair
+from triton_attention_merge import count_splits, merge_attention, merge_splits, processors  # noqa: F401  public here
 from triton_attention_parts import in_parts
 from triton_attention_tiles import (
-    head_ptr, inverse_sum, keep_mask, load_parts, load_tile, product, rows_dot, signed, split_program, store_tile,
-    whole,
+    head_ptr, inverse_sum, keep_mask, load_parts, product, rows_dot, signed, split_program, store_tile, whole,
 )
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
-MOST_SPLITS = 128
 
 
 @triton.jit
@@ -193,43 +191,6 @@ def _fwd_kernel(
                 )
 
 
-@triton.jit(do_not_specialize=["H", "M", "splits", "rows"])
-def _merge_kernel(
-    part_ptr, part_stats_ptr, o_ptr, stride_ob, stride_oh, stride_om, stride_od, lse_ptr, stats_ptr,
-    H, M, splits, rows, EXACT: tl.constexpr, DV: tl.constexpr, MOST: tl.constexpr, BLOCK_DV: tl.constexpr,
-):
-    """One row of O from its splits, MOST at most: one more step of the online softmax, all of them at once."""
-    row = tl.program_id(0).to(tl.int64)
-    offs_s, offs_e = tl.arange(0, MOST), tl.arange(0, BLOCK_DV)
-    m_s, l_s = load_pair(part_stats_ptr, offs_s * rows + row, offs_s < splits, float("-inf"))
-    m = tl.max(m_s, 0)
-    top = tl.where(m == float("-inf"), 0.0, m)
-    l = tl.sum(tl.exp(m_s - top) * l_s, 0)  # noqa: E741
-    o = tl.zeros([BLOCK_DV], m.dtype)
-    for start_s in range(0, splits, 16):
-        offs_t = start_s + tl.arange(0, 16)
-        m_t, _ = load_pair(part_stats_ptr, offs_t * rows + row, offs_t < splits, float("-inf"))
-        alpha = tl.exp(m_t - top)[:, None]
-        parts = load_tile(part_ptr + row * DV, (rows * DV, 1), (splits, DV), offs_t, offs_e)
-        o += tl.sum(tl.where(alpha == 0.0, 0.0, alpha * parts), 0)
-    o *= inverse_sum(l)
-    o_ptr += row // (H * M) * stride_ob + row // M % H * stride_oh + row % M * stride_om
-    tl.store(o_ptr + offs_e * stride_od, o.to(o_ptr.dtype.element_ty), mask=offs_e < DV)
-    tl.store(lse_ptr + row, m + tl.log(l))
-    if EXACT:
-        store_pair(stats_ptr, row, m, l, row >= 0)
-
-
-@functools.lru_cache
-def _processors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
-
-
-def _splits(programs, N, block_n, device):
-    """Into how many parts the keys are split: enough programs for the GPU, each with at least four tiles of keys."""
-    return max(1, min(2 * _processors(device) // programs, triton.cdiv(N, 4 * block_n), MOST_SPLITS))
-
-
 def _outputs(q, k, v, *_):
     (B, H, M), wide = q.shape[:3], torch.float64 if q.dtype == torch.float64 else torch.float32
     lse, stats = (q.new_empty(shape, dtype=wide) for shape in ((B, H, M), (B, H, M, 2 if exact(q.dtype) else 0)))
@@ -261,8 +222,8 @@ def fused_op(
     plain = mask is None and sinks is None and seed is None and softcap == 0.0 and block_m is None and block_n is None
     if plain and k.shape[2] > 0 and not must_dispatch((q, k, v)):  # torch.compile gets the plain kernel
         kernels = hopper("triton_attention_hopper")
-        if kernels and kernels.applies(q, k, v, o, scale, left, _processors(q.device)):
-            kernels.forward(q, k, v, o, lse, scale, left, right, _processors(q.device))
+        if kernels and kernels.applies(q, k, v, o, scale, left, processors(q.device)):
+            kernels.forward(q, k, v, o, lse, scale, left, right, processors(q.device))
             return outputs
     if q.shape[2] == 1 and k.shape[1] > 0 and seed is None:
         q, k, v, mask, sinks, o, lse = _one_query(q, k, v, mask, sinks, o, lse, left, right)
@@ -280,7 +241,7 @@ def fused_op(
     op = ("fused few" if M <= FEW_QUERIES else "fused") + ("" if mask is None else ", masked")
     tile = tile_for(op, q.dtype, width, right is not None, block_m, block_n)
     programs = B * H * triton.cdiv(M, tile.BLOCK_M)
-    splits = _splits(programs, N, tile.BLOCK_N, q.device)
+    splits = count_splits(programs, N, tile.BLOCK_N, q.device)
     chunk = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
     splits = triton.cdiv(N, chunk)
     q, k, v = in_parts(constants["PRECISION"], q, k, v)
@@ -295,12 +256,7 @@ def fused_op(
         FEW=tile.BLOCK_M if INTERPRETED else 16, **compile_options(tile),
     )
     if splits > 1:
-        launch(
-            _merge_kernel, B * H * M,
-            part, part_stats, o, *o.stride(), lse, stats, H, M, splits, B * H * M,
-            **{name: constants[name] for name in ("EXACT", "DV", "BLOCK_DV")},
-            MOST=MOST_SPLITS, num_warps=4,
-        )
+        merge_splits(part, part_stats, o, lse, stats, *(constants[name] for name in ("EXACT", "DV", "BLOCK_DV")))
     return outputs
 
 
@@ -444,41 +400,6 @@ def attention_fused(
         Fused, q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n
     )
     return (o, lse) if return_lse else o
-
-
-def merge_attention(
-    o1: torch.Tensor, lse1: torch.Tensor, o2: torch.Tensor, lse2: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over two sets of keys from the attention over each: (o, lse).
-
-    Each result counts by its share of the exponentials, e^lse1 / (e^lse1 + e^lse2).
-
-    Args:
-        o1, o2: [B, H, M, Dv], from attention_fused with the same queries and different keys.
-        lse1, lse2: [B, H, M], their natural log-sum-exp, from return_lse=True; -inf where nothing was seen.
-
-    Returns:
-        (o like o1, lse like lse1), computed in float32 (float64 for float64); differentiable.
-
-    Raises:
-        TypeError: not a dense floating tensor. ValueError: shapes that do not belong together.
-    """
-    for name, t in (("o1", o1), ("lse1", lse1), ("o2", o2), ("lse2", lse2)):
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-        if not t.is_floating_point() or t.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense floating tensor, got {t.dtype}, {t.layout}")
-        shape = o1.shape if name == "o2" else o1.shape[:-1]
-        if name != "o1" and t.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)}, as o1 is {list(o1.shape)}, got {tuple(t.shape)}")
-    top = torch.maximum(lse1, lse2).detach()
-    top = top.masked_fill(top == -math.inf, 0.0)
-    w1, w2 = torch.exp(lse1 - top)[..., None], torch.exp(lse2 - top)[..., None]
-    total = w1 + w2
-    nothing = total == 0
-    total = total.masked_fill(nothing, 1.0)
-    o = (w1 * o1.masked_fill(w1 == 0, 0.0) + w2 * o2.masked_fill(w2 == 0, 0.0)) / total
-    return o.to(o1.dtype), (top + total.squeeze(-1).log()).masked_fill(nothing.squeeze(-1), -math.inf)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton_attention_fused import walk_one_by_one
 from triton_attention_launch import TRITON, launch, tile_for
 from triton_attention_logits import key_range
-from triton_attention_scores_hopper import describe, load_async, readable, store_async
 from triton_attention_tiles import head_ptr, store_tile
+from triton_attention_tma import describe, load_async, readable, store_async
 
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # queries of a warpgroup

@@ -16,20 +16,15 @@ work, one of 64 x 64 reads 4 KiB for 32 cycles and is bound by that), and warpgr
 Gluon (triton.experimental.gluon) is Triton's lower-level language: layouts, barriers and copies are explicit.
 """
 
-import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triton_attention_launch import launch, tile_for
-
-# Triton 3.9 renamed these two
-load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-store_async = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+from triton_attention_tma import describe, load_async, readable, store_async
 
 SMALLEST = 1 << 26  # elements of S from which the GPU is busy for longer than the host with its descriptors
 
@@ -109,15 +104,6 @@ def _scores_hopper_kernel(
     ], [4], [WORKER_REGISTERS])
 
 
-def readable(t):
-    """Whether TMA can address a tensor: rows of whole 16 bytes, at addresses that are multiples of 16."""
-    steps = [stride for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True) if size > 1]
-    return (
-        t.stride(3) == 1 and t.data_ptr() % 16 == 0
-        and all(stride > 0 and stride * t.element_size() % 16 == 0 for stride in steps)
-    )
-
-
 def applies(q, k):
     """Whether the kernel takes these inputs and is worth its descriptors; else the plain kernel runs."""
     (B, H, M, D), N = q.shape, k.shape[2]
@@ -125,15 +111,6 @@ def applies(q, k):
         q.element_size() == 2 and 0 < D <= 128 and N % 8 == 0 and B * H * M * N >= SMALLEST
         and readable(q) and readable(k)
     )
-
-
-def describe(t, rows, columns):
-    """The descriptor by which TMA moves tiles of `rows` x `columns` of a [B, H, M, D] tensor."""
-    dtype = gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], dtype)
-    strides = [stride if size > 1 else 8 for size, stride in zip(t.shape, t.stride(), strict=True)]
-    strides[3] = 1
-    return TensorDescriptor(t, list(t.shape), strides, [1, 1, rows, columns], layout)
 
 
 def scores_hopper(q, k, scale):
