@@ -172,6 +172,8 @@ def reason(error):
         return f"out of memory: {text}"
     if isinstance(error, ImportError):
         return f"not installed: {text}"
+    if few := re.search(r"Insufficient registers \((\d+)\)", text):  # ptxas
+        return f"{type(error).__name__}: the tile does not fit: it needs more than {few.group(1)} registers a thread"
     sentence = text.split(". ")[0]
     return f"{type(error).__name__}: {sentence[:160]}"
 
