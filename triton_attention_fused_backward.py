@@ -18,8 +18,11 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_attention_launch import INTERPRETED, compile_options, define_op, dot_precision, launch, tile_for
+from triton_attention_launch import (
+    INTERPRETED, compile_options, define_op, dot_precision, hopper, launch, must_dispatch, tile_for,
+)
 from triton_attention_logits import exponential, key_range, load_pair, logits, query_range, steps, store_pair
+from triton_attention_merge import processors
 from triton_attention_parts import in_parts
 from triton_attention_tiles import (
     dot, head_ptr, inverse_sum, keep_mask, load_parts, load_tile, map_finite, product, rows_dot, signed, split_program,
@@ -376,6 +379,12 @@ def fused_backward_op(
             t.zero_()
         return outputs
     lse, stats = lse.contiguous(), stats.contiguous()  # which vmap may have expanded
+    dlse = None if dlse is None else dlse.contiguous()
+    if mask is None and seed is None and softcap == 0.0 and not must_dispatch((q, k, v)):
+        kernels = hopper("triton_attention_hopper_backward")
+        if kernels and kernels.applies(q, k, v, scale, processors(q.device)):
+            kernels.backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right)
+            return outputs
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     width, variant = max(constants["D"], constants["DV"]), "" if mask is None else ", masked"
     variant = ", few" if M <= FEW_QUERIES else variant
@@ -386,7 +395,7 @@ def fused_backward_op(
         _dq_kernel, B * H * triton.cdiv(M, tile.BLOCK_M),
         do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(), mask, *mask_strides,
         sinks, 0 if sinks is None else sinks.stride(0),
-        lse, stats, None if dlse is None else dlse.contiguous(), record, dq, *dq.stride(),
+        lse, stats, dlse, record, dq, *dq.stride(),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
         **constants, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         **compile_options(tile),

@@ -1,0 +1,502 @@
+"""dQ, dK, dV on Hopper in one walk over the scores: five products a tile instead of the plain kernels' seven.
+
+The plain kernels (triton_attention_fused_backward.py) compute S and dP twice, once for dQ and once for dK and dV, so
+that every sum belongs to one program. Here a program owns 128 keys, two warpgroups 64 each, walks over the queries that
+see them, and computes all three; dK and dV stay in registers, dQ is passed on from program to program:
+
+    fetching warp   Q0 dO0   Q1 dO1   Q2 dO2   ...        by TMA, into rings of shared memory
+    warpgroup 0     S^T  dP^T       dV   dQ  dK   | S^T  dP^T ...   tensor cores, asynchronous
+                        P^T      dS^T                               the other units, beneath dP^T and dV
+    warpgroup 1     the same for the other 64 keys; both meet at dS: dQ = dS K needs all of them
+    waiting warp    until the program before has added its dQ to the queries of this step
+    adding warp     dQ to memory, float32, by TMA; then it is the next program's turn
+
+S^T = K Q^T and dP^T = V dO^T come transposed out of the tensor cores, as dV = P^T dO and dK = dS^T Q take them in, from
+registers; only dS also goes through shared memory. The numbers of a query's dQ are added in a fixed order, last keys
+first, which a ticket in memory for every tile of queries keeps: results are bitwise repeatable. A program waits only for
+programs with lower numbers, which the GPU starts before it: no deadlock, however many fit at once. The order costs
+nothing that could be measured, as neighbours lag by a step each; what costs is the traffic of dQ itself.
+
+Where the speed is from: three stages of Q and dO, which hide that traffic (7 % over two); -delta as what dP^T starts
+from, which frees registers; the wait for the next Q between the exponentials and the wait for dP^T, without which ptxas
+moves the latter up. A wgmma in flight across the end of a step would be serialised by ptxas, or spill.
+
+Shah et al., "FlashAttention-3", 2024, for one walk with warp specialisation; FlashAttention-2's deterministic mode for
+an order of the additions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
+)
+
+from triton_attention_launch import launch, tile_for
+from triton_attention_logits import store_pair
+from triton_attention_tiles import head_ptr, load_tile, store_tile
+from triton_attention_tma import add_async, describe, describe_rows, load_async, readable, store_async
+
+LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
+HALF = gl.constexpr(64)  # keys of a warpgroup
+KEYS = gl.constexpr(128)  # of a program
+SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
+L2 = 32 << 20  # bytes: heads whose queries, and what belongs to them, fit there are worked on together
+
+
+@gluon.jit
+def _inline(ASM: gl.constexpr, x):
+    return gl.inline_asm_elementwise(ASM, "=r,r", [gl.to_tensor(x)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _meet(BARRIER: gl.constexpr):
+    """Both warpgroups wait for each other. (Triton itself uses the named barriers with low numbers.)"""
+    gl.inline_asm_elementwise(
+        f"bar.sync {BARRIER + 8}, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+# ---- which keys, which queries, whose turn
+
+
+@gluon.jit
+def _place(work):
+    """(tile of keys, head of keys) of a program: a section of heads at a time, in it the last keys first."""
+    tiles, heads, section = work[:3]
+    program = gl.program_id(0)
+    whole = program // (tiles * section) * section
+    rest = program - whole * tiles
+    wide = gl.minimum(section, heads - whole)
+    return tiles - 1 - rest // wide, whole + rest % wide
+
+
+@gluon.jit
+def _query_tiles(tile_n, work, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
+    """(first, how many) of the tiles of queries that may see a tile of keys."""
+    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
+    first, end = gl.to_tensor(0), row_tiles
+    if RIGHT:
+        first = gl.maximum(tile_n * KEYS - right, 0) // BLOCK_M
+    if LEFT:
+        end = gl.minimum(end, gl.maximum(tile_n * KEYS + (KEYS - 1 + BLOCK_M) - left, 0) // BLOCK_M)
+    return first, gl.maximum(end - first, 0)
+
+
+@gluon.jit
+def _turn(tile_n, tile_m, work, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
+    """How many programs add to a tile of queries before this one: the keys after these that it may see."""
+    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
+    last = tiles - 1
+    if RIGHT:
+        last = gl.minimum(last, (tile_m * BLOCK_M + (BLOCK_M - 1) + right) // KEYS)
+    return last - tile_n
+
+
+# ---- the warps that fetch, wait and add
+
+
+@gluon.jit
+def _fetch(
+    descs, keys, queries, work,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+):
+    q_desc, k_desc, v_desc, do_desc, stats_desc = descs
+    k_bufs, v_bufs, k_full, v_full = keys
+    q_bufs, do_bufs, lse_bufs, delta_bufs, q_full, do_full, empty = queries
+    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
+    tile_n, head = _place(work)
+    first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
+    off_b, off_hk = head // Hk, head % Hk
+    mbarrier.expect(k_full, 2 * k_desc.block_type.nbytes)
+    mbarrier.expect(v_full, 2 * v_desc.block_type.nbytes)
+    for half in gl.static_range(2):
+        load_async(k_desc, [off_b, off_hk, tile_n * KEYS + half * HALF, 0], k_full, k_bufs.index(half))
+    for step in range(GROUP * count):
+        slot = step % STAGES
+        tile_m = first + step % count
+        off_h = off_hk * GROUP + step // count
+        row = ((off_b * Hk * GROUP + off_h) * row_tiles + tile_m) * 2
+        mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
+        mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + 2 * stats_desc.block_type.nbytes)
+        load_async(q_desc, [off_b, off_h, tile_m * BLOCK_M, 0], q_full.index(slot), q_bufs.index(slot))
+        load_async(stats_desc, [row, 0], q_full.index(slot), lse_bufs.index(slot))
+        load_async(stats_desc, [row + 1, 0], q_full.index(slot), delta_bufs.index(slot))
+        if step == 0:
+            for half in gl.static_range(2):
+                load_async(v_desc, [off_b, off_hk, tile_n * KEYS + half * HALF, 0], v_full, v_bufs.index(half))
+        mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes)
+        load_async(do_desc, [off_b, off_h, tile_m * BLOCK_M, 0], do_full.index(slot), do_bufs.index(slot))
+
+
+@gluon.jit
+def _spin_until(ptr, value):
+    """Wait until another program has written `value`, and see what it wrote before that."""
+    gl.inline_asm_elementwise(
+        "{\n\t.reg .pred p;\n\t.reg .b32 r;\n\tSPIN:\n\tld.acquire.gpu.global.b32 r, [$1];\n\t"
+        "setp.ne.s32 p, r, $2;\n\t@p bra SPIN;\n\tfence.proxy.async.global;\n\tmov.b32 $0, r;\n\t}",
+        "=r,l,r", [ptr.to(gl.int64), value], dtype=gl.int32, is_pure=False, pack=1,
+    )
+
+
+@gluon.jit
+def _publish(ptr, value):
+    """Write `value` for other programs to see, once what this warp copied by TMA is in memory."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0;\n\tbar.warp.sync 0xffffffff;\n\tst.release.gpu.global.b32 [$1], $2;\n\t"
+        "mov.b32 $0, 0;", "=r,l,r", [ptr.to(gl.int64), value], dtype=gl.int32, is_pure=False, pack=1,
+    )
+
+
+@gluon.jit
+def _await_turns(
+    tickets_ptr, turns, work, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr
+):
+    """A step or two ahead of the warp that adds."""
+    come, gone = turns
+    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
+    tile_n, head = _place(work)
+    first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
+    for step in range(GROUP * count):
+        tile_m = first + step % count
+        mbarrier.wait(gone.index(step % 2), (step // 2 & 1) ^ 1)
+        ticket_ptr = tickets_ptr + (head * GROUP + step // count) * row_tiles + tile_m
+        _spin_until(ticket_ptr, _turn(tile_n, tile_m, work, RIGHT, BLOCK_M))
+        mbarrier.arrive(come.index(step % 2), count=1)
+
+
+@gluon.jit
+def _add_dq(
+    sum_desc, tickets_ptr, dq_parts, turns, work,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, DQ_STAGES: gl.constexpr,
+):
+    dq_bufs, dq_full, dq_empty = dq_parts
+    come, gone = turns
+    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
+    tile_n, head = _place(work)
+    first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
+    for step in range(GROUP * count):
+        tile_m = first + step % count
+        tile = (head * GROUP + step // count) * row_tiles + tile_m
+        turn = _turn(tile_n, tile_m, work, RIGHT, BLOCK_M)
+        mbarrier.wait(come.index(step % 2), step // 2 & 1)
+        for w in gl.static_range(2):
+            slot = step % DQ_STAGES * 2 + w
+            mbarrier.wait(dq_full.index(slot), step // DQ_STAGES & 1)
+            if turn == 0:
+                store_async(sum_desc, [(tile * 2 + w) * 32, 0], dq_bufs.index(slot))
+            else:
+                add_async(sum_desc, [(tile * 2 + w) * 32, 0], dq_bufs.index(slot))
+        tma.store_wait(0)
+        for w in gl.static_range(2):
+            mbarrier.arrive(dq_empty.index(step % DQ_STAGES * 2 + w), count=1)
+        _publish(tickets_ptr + tile, turn + 1)
+        mbarrier.arrive(gone.index(step % 2), count=1)
+
+
+# ---- the warpgroups that multiply
+
+
+@gluon.jit
+def _make_finite(buf, layout: gl.constexpr):
+    """0 for NaN and inf: of a hidden key they would meet a dS of 0. (Who sees one has it in lse or delta already.)"""
+    x = buf.load(layout)
+    buf.store(gl.where(gl.abs(x.to(gl.float32)) < float("inf"), x, gl.zeros_like(x)))
+
+
+@gluon.jit
+def _uniform(x):
+    return _inline("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", x)
+
+
+@gluon.jit
+def _hide(s, after_n, at_left, at_right, LEFT: gl.constexpr, RIGHT: gl.constexpr, layout: gl.constexpr):
+    """S^T, -inf where a query does not see a key."""
+    n = gl.arange(0, s.shape[0], gl.SliceLayout(1, layout))
+    exists = n < _inline("mov.b32 $0, $1;", after_n)  # not hoisted
+    m = gl.expand_dims(gl.arange(0, s.shape[1], gl.SliceLayout(0, layout)), 0)
+    if RIGHT:  # what there is to compute is computed a row, and compared with a constant
+        s = gl.where(gl.expand_dims(gl.where(exists, n + at_right, 1 << 30), 1) <= m, s, float("-inf"))
+    if LEFT:
+        s = gl.where(gl.expand_dims(gl.where(exists, n + at_left, -(1 << 30)), 1) >= m, s, float("-inf"))
+    if not (LEFT or RIGHT):
+        s = gl.where(gl.expand_dims(exists, 1) & (m >= 0), s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _dq_product(ds_t, k_buf, acc, MORE: gl.constexpr, BLOCK_D: gl.constexpr, WARPGROUP: gl.constexpr):
+    """acc + dS K over 64 keys: for a warpgroup its half of dQ, of the columns if they are 128, else of the rows."""
+    k = k_buf.reshape([HALF, BLOCK_D])
+    if BLOCK_D == 128:
+        ds, k = ds_t.permute((1, 0)), k.slice(WARPGROUP * 64, 64, dim=1)
+    else:
+        ds = ds_t.slice(WARPGROUP * 64, 64, dim=1).permute((1, 0))
+    return warpgroup_mma(ds, k, acc, use_acc=MORE, is_async=True)
+
+
+@gluon.jit
+def _hand_on(dq, step, dq_parts, DQ_STAGES: gl.constexpr, WARPGROUP: gl.constexpr):
+    """dQ to the warp that adds, in the order of the registers: 16 contiguous bytes a thread at a time."""
+    dq_bufs, dq_full, dq_empty = dq_parts
+    # warp, upper or lower 8 rows, row, 8 columns, 2 columns, column -> [32, 128]; _finish_kernel undoes it
+    x = gl.permute(gl.reshape(dq, [4, 2, 8, 8, 4, 2]), [3, 0, 2, 4, 1, 5])
+    slot = step % DQ_STAGES * 2 + WARPGROUP
+    mbarrier.wait(dq_empty.index(slot), (step // DQ_STAGES & 1) ^ 1)
+    dq_bufs.index(slot).store(gl.reshape(x, [32, 128]))
+    fence_async_shared()
+    mbarrier.arrive(dq_full.index(slot), count=1)
+
+
+@gluon.jit
+def _multiply(
+    out, keys, queries, ds_bufs, dq_parts, work,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, RAGGED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, DQ_STAGES: gl.constexpr, WARPGROUP: gl.constexpr,
+):
+    """One warpgroup: 64 keys."""
+    dk_desc, dv_desc, scale_2 = out
+    k_bufs, v_bufs, k_full, v_full = keys
+    q_bufs, do_bufs, lse_bufs, delta_bufs, q_full, do_full, empty = queries
+    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
+    BANDED: gl.constexpr = LEFT or RIGHT
+    dtype: gl.constexpr = q_bufs.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
+    d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, k_width=2)
+    query_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
+    tile_n, head = _place(work)
+    first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
+    start_n = tile_n * KEYS + WARPGROUP * HALF
+    first_m, end_m = _uniform(first * BLOCK_M), _uniform((first + count) * BLOCK_M)
+    steps = _uniform(GROUP * count)
+    after_n, at_left, at_right = _uniform(N - start_n), _uniform(start_n - left), _uniform(start_n - right)
+    start_m = first_m
+    k_mine = k_bufs.index(WARPGROUP).reshape([HALF, BLOCK_D])
+    v_mine = v_bufs.index(WARPGROUP).reshape([HALF, BLOCK_D])
+    dk = gl.zeros([HALF, BLOCK_D], gl.float32, d_layout)
+    dv = gl.zeros([HALF, BLOCK_D], gl.float32, d_layout)
+    zeros = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
+    dq_zeros = gl.zeros([64, 64], gl.float32, dq_layout)
+    mbarrier.wait(k_full, 0)
+    mbarrier.wait(v_full, 0, pred=steps > 0)
+    if BANDED:
+        _make_finite(k_mine, d_layout)
+        _make_finite(v_mine, d_layout)
+        fence_async_shared()
+        _meet(1)
+    mbarrier.wait(q_full.index(0), 0, pred=steps > 0)
+    for step in range(steps):
+        slot = step % STAGES
+        q = q_bufs.index(slot).reshape([BLOCK_M, BLOCK_D])
+        do = do_bufs.index(slot).reshape([BLOCK_M, BLOCK_D])
+        if BANDED or RAGGED:
+            edge = after_n < HALF
+            if RIGHT:
+                edge = edge | (at_right + (HALF - 1) > start_m)
+            if LEFT:
+                edge = edge | (at_left < start_m + (BLOCK_M - 1))
+            hidden = zeros
+            if edge:
+                hidden = _hide(zeros, after_n, at_left - start_m, at_right - start_m, LEFT, RIGHT, s_layout)
+            start_m += BLOCK_M
+            start_m = gl.where(start_m == end_m, first_m, start_m)
+            s_token = warpgroup_mma(k_mine, q.permute((1, 0)), hidden, use_acc=edge, is_async=True)
+        else:
+            s_token = warpgroup_mma(k_mine, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(do_full.index(slot), step // STAGES & 1)
+        delta = gl.expand_dims(delta_bufs.index(slot).reshape([BLOCK_M]).load(query_layout), 0)
+        delta, _ = gl.broadcast(delta, zeros)
+        dp_token = warpgroup_mma(v_mine, do.permute((1, 0)), delta, is_async=True)
+        lse = lse_bufs.index(slot).reshape([BLOCK_M]).load(query_layout)
+        s = warpgroup_mma_wait(1, [s_token])
+        p = gl.exp2(s * scale_2 - gl.expand_dims(lse, 0))
+        p_16 = gl.convert_layout(p.to(dtype), p_layout)
+        # here: it keeps the wait for dP below the exponentials
+        mbarrier.wait(q_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1, pred=step + 1 < steps)
+        dp = warpgroup_mma_wait(0, [dp_token])
+        ds = (p * dp).to(dtype)
+        ds_bufs.index(step % 2 * 2 + WARPGROUP).store(ds)
+        fence_async_shared()
+        dv_token = warpgroup_mma(p_16, do, dv, is_async=True)
+        _meet(0)
+        here = ds_bufs.index(step % 2 * 2)
+        dq_token = _dq_product(here, k_bufs.index(0), dq_zeros, False, BLOCK_D, WARPGROUP)
+        there = ds_bufs.index(step % 2 * 2 + 1)
+        dq_token = _dq_product(there, k_bufs.index(1), dq_token, True, BLOCK_D, WARPGROUP)
+        dk_token = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
+        dq = warpgroup_mma_wait(1, [dq_token])
+        _hand_on(dq, step, dq_parts, DQ_STAGES, WARPGROUP)
+        dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])
+        mbarrier.arrive(empty.index(slot), count=1)
+
+    off_b, off_hk = head // Hk, head % Hk
+    v_mine.store(dv.to(dtype))  # V's place: nobody else reads this half
+    _meet(1)
+    k_mine.store((dk * (scale_2 * LN2)).to(dtype))
+    fence_async_shared()
+    store_async(dv_desc, [off_b, off_hk, start_n, 0], v_bufs.index(WARPGROUP))
+    store_async(dk_desc, [off_b, off_hk, start_n, 0], k_bufs.index(WARPGROUP))
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=[
+    "scale_2", "tiles", "heads", "section", "Hk", "GROUP", "row_tiles", "M", "N", "left", "right"
+])
+def _backward_kernel(
+    q_desc, k_desc, v_desc, do_desc, stats_desc, sum_desc, dk_desc, dv_desc, tickets_ptr, scale_2,
+    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, RAGGED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, DQ_STAGES: gl.constexpr, REGISTERS: gl.constexpr, REST: gl.constexpr,
+):
+    dtype: gl.constexpr = q_desc.dtype
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    k_bufs = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF, BLOCK_D], k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF, BLOCK_D], v_desc.layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
+    do_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], do_desc.layout)
+    lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], stats_desc.layout)
+    delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], stats_desc.layout)
+    ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
+    dq_bufs = gl.allocate_shared_memory(gl.float32, [2 * DQ_STAGES, 32, 128], sum_desc.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    dq_full = gl.allocate_shared_memory(gl.int64, [2 * DQ_STAGES, 1], mbarrier.MBarrierLayout())
+    dq_empty = gl.allocate_shared_memory(gl.int64, [2 * DQ_STAGES, 1], mbarrier.MBarrierLayout())
+    come = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    gone = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(k_full, count=1)
+    mbarrier.init(v_full, count=1)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(slot), count=1)
+        mbarrier.init(do_full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=2)
+    for slot in gl.static_range(2 * DQ_STAGES):
+        mbarrier.init(dq_full.index(slot), count=1)
+        mbarrier.init(dq_empty.index(slot), count=1)
+    for slot in gl.static_range(2):
+        mbarrier.init(come.index(slot), count=1)
+        mbarrier.init(gone.index(slot), count=1)
+    fence_async_shared()
+
+    keys = (k_bufs, v_bufs, k_full, v_full)
+    queries = (q_bufs, do_bufs, lse_bufs, delta_bufs, q_full, do_full, empty)
+    dq_parts = (dq_bufs, dq_full, dq_empty)
+    turns = (come, gone)
+    out = (dk_desc, dv_desc, scale_2)
+    descs = (q_desc, k_desc, v_desc, do_desc, stats_desc)
+    work = (tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right)
+    gl.warp_specialize([
+        (_multiply, (out, keys, queries, ds_bufs, dq_parts, work,
+                     LEFT, RIGHT, RAGGED, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES, 0)),
+        (_multiply, (out, keys, queries, ds_bufs, dq_parts, work,
+                     LEFT, RIGHT, RAGGED, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES, 1)),
+        (_fetch, (descs, keys, queries, work, LEFT, RIGHT, BLOCK_M, STAGES)),
+        (_await_turns, (tickets_ptr, turns, work, LEFT, RIGHT, BLOCK_M)),
+        (_add_dq, (sum_desc, tickets_ptr, dq_parts, turns, work, LEFT, RIGHT, BLOCK_M, DQ_STAGES)),
+    ], [4, 1, 1, 1], [REGISTERS, REST, REST, REST])
+
+
+# ---- before and after
+
+
+@triton.jit(do_not_specialize=["H", "M", "row_tiles"])
+def _prepare_kernel(
+    do_ptr, stride_gb, stride_gh, stride_gm, stride_gd, o_ptr, stride_ob, stride_oh, stride_om, stride_od,
+    lse_ptr, dlse_ptr, record_ptr, stats_ptr, tickets_ptr, H, M, row_tiles,
+    DV: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):
+    """For each tile of queries: lse of base 2, +inf where no key is seen (P = 0 there), and -delta; its ticket; the record."""
+    tile = tl.program_id(0)
+    head, start_m = tile // row_tiles, tile % row_tiles * BLOCK_M
+    off_b, off_h = head // H, head % H
+    offs_m, offs_e = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
+    o = load_tile(head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h), (stride_om, stride_od), (M, DV), offs_m, offs_e)
+    do = load_tile(
+        head_ptr(do_ptr, stride_gb, stride_gh, off_b, off_h), (stride_gm, stride_gd), (M, DV), offs_m, offs_e
+    )
+    row = head.to(tl.int64) * M
+    lse = tl.load(lse_ptr + row + offs_m, mask=offs_m < M, other=float("inf"))
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
+    stats_ptr += tile.to(tl.int64) * 2 * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(stats_ptr, tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634))
+    tl.store(stats_ptr + BLOCK_M, -delta)
+    store_pair(record_ptr, 2 * (row + offs_m), lse, lse, offs_m < M)
+    store_pair(record_ptr, 2 * (row + offs_m) + 1, delta, tl.zeros_like(delta), offs_m < M)
+    tl.store(tickets_ptr + tile, 0)
+
+
+@triton.jit(do_not_specialize=["scale", "H", "M", "N", "row_tiles", "left", "right"])
+def _finish_kernel(
+    sum_ptr, dq_ptr, stride_rb, stride_rh, stride_rm, stride_rd, scale, H, M, N, row_tiles, left, right,
+    D: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
+):
+    """dQ = scale * the sum, from the order of registers to rows; 0 where a tile of queries sees no keys."""
+    tile = tl.program_id(0)
+    head, start_m = tile // row_tiles, tile % row_tiles * BLOCK_M
+    dq_ptr = head_ptr(dq_ptr, stride_rb, stride_rh, head // H, head % H)
+    first_n, last_n = 0, N - 1
+    if RIGHT:
+        last_n = tl.minimum(last_n, start_m + (BLOCK_M - 1) + right)
+    if LEFT:
+        first_n = tl.maximum(start_m + left, 0)
+    seen = (last_n >= 0) & (first_n // 128 <= last_n // 128)
+    for w in tl.static_range(2):
+        offs = tile.to(tl.int64) * 8192 + w * 4096 + tl.arange(0, 4096)
+        x = tl.load(sum_ptr + offs, mask=offs < tl.where(seen, offs + 1, 0), other=0.0) * scale
+        x = tl.reshape(tl.permute(tl.reshape(x, [8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5]), [64, 64])
+        rows, columns = (0, w * 64) if BLOCK_M == 64 else (w * 64, 0)
+        offs_m, offs_d = start_m + rows + tl.arange(0, 64), columns + tl.arange(0, 64)
+        store_tile(dq_ptr, (stride_rm, stride_rd), (M, D), offs_m, offs_d, x)
+
+
+def applies(q, k, v, scale, processors):
+    """Whether the kernel takes these inputs, is worth its descriptors and fills the GPU; else the plain kernels run."""
+    (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
+    return (
+        q.element_size() == 2 and 0 < D <= 128 and 0 < DV <= 128 and D % 8 == 0 and DV % 8 == 0 and scale > 0.0
+        and 10 * B * H * M * N * D >= SMALLEST and B * Hk * triton.cdiv(N, KEYS.value) >= processors
+        and all(readable(t) for t in (q, k, v))
+    )
+
+
+def backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right):
+    """Fill dq, dk, dv and record, see fused_backward_op in triton_attention_fused_backward.py; for what applies()."""
+    (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
+    banded = left is not None or right is not None
+    do = do if readable(do) else do.contiguous()
+    tile = tile_for("fused backward hopper", q.dtype, max(D, DV), banded)
+    row_tiles, tiles = triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, KEYS.value)
+    blocks = B * H * row_tiles
+    stats, sums = lse.new_empty(2 * blocks, tile.BLOCK_M), lse.new_empty(64 * blocks, 128)
+    tickets = lse.new_empty(blocks, dtype=torch.int32)
+    launch(
+        _prepare_kernel, blocks, do, *do.stride(), o, *o.stride(), lse, dlse, record, stats, tickets, H, M, row_tiles,
+        device=q.device, DV=int(DV), HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_DV=tile.BLOCK_D, num_warps=4,
+    )
+    registers = (1 << 16) // (128 * 3) // 8 * 8  # of a thread, before they are dealt out
+    launch(
+        _backward_kernel, B * Hk * tiles,
+        describe(q, tile.BLOCK_M, tile.BLOCK_D), describe(k, HALF.value, tile.BLOCK_D),
+        describe(v, HALF.value, tile.BLOCK_D), describe(do, tile.BLOCK_M, tile.BLOCK_D),
+        describe_rows(stats, 1), describe_rows(sums, 32),
+        describe(dk, HALF.value, tile.BLOCK_D), describe(dv, HALF.value, tile.BLOCK_D),
+        tickets, scale * LOG2E,
+        tiles, B * Hk, max(1, min(B * Hk, L2 // (H // Hk * M * 8 * tile.BLOCK_D))), Hk, H // Hk, row_tiles, M, N,
+        left or 0, right or 0,
+        device=q.device, LEFT=left is not None, RIGHT=right is not None, RAGGED=N % KEYS.value > 0 and not banded,
+        BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages, DQ_STAGES=tile.SPAN,
+        REGISTERS=tile.registers, REST=registers * 3 - 2 * tile.registers, num_warps=4, maxnreg=registers,
+    )
+    launch(
+        _finish_kernel, blocks, sums, dq, *dq.stride(), scale, H, M, N, row_tiles, left or 0, right or 0,
+        device=q.device, D=int(D), LEFT=left is not None, RIGHT=right is not None, BLOCK_M=tile.BLOCK_M, num_warps=4,
+    )
