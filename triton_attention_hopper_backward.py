@@ -40,7 +40,6 @@ from triton_attention_tiles import head_ptr, load_tile, store_tile
 from triton_attention_tma import add_async, describe, describe_rows, load_async, readable, store_async
 
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
-HALF = gl.constexpr(64)  # keys of a warpgroup
 KEYS = gl.constexpr(128)  # of a program
 SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
 L2 = 32 << 20  # bytes: heads whose queries, and what belongs to them, fit there are worked on together
@@ -49,14 +48,6 @@ L2 = 32 << 20  # bytes: heads whose queries, and what belongs to them, fit there
 @gluon.jit
 def _inline(ASM: gl.constexpr, x):
     return gl.inline_asm_elementwise(ASM, "=r,r", [gl.to_tensor(x)], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _meet(BARRIER: gl.constexpr):
-    """Both warpgroups wait for each other. (Triton itself uses the named barriers with low numbers.)"""
-    gl.inline_asm_elementwise(
-        f"bar.sync {BARRIER + 8}, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
 
 
 # ---- which keys, which queries, whose turn
@@ -104,29 +95,26 @@ def _fetch(
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, do_desc, stats_desc = descs
-    k_bufs, v_bufs, k_full, v_full = keys
-    q_bufs, do_bufs, lse_bufs, delta_bufs, q_full, do_full, empty = queries
+    k_buf, v_buf, k_full, v_full, finished = keys
+    q_bufs, do_bufs, stats_bufs, q_full, do_full, empty = queries
     tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
     tile_n, head = _place(work)
     first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
     off_b, off_hk = head // Hk, head % Hk
-    mbarrier.expect(k_full, 2 * k_desc.block_type.nbytes)
-    mbarrier.expect(v_full, 2 * v_desc.block_type.nbytes)
-    for half in gl.static_range(2):
-        load_async(k_desc, [off_b, off_hk, tile_n * KEYS + half * HALF, 0], k_full, k_bufs.index(half))
+    mbarrier.expect(k_full, k_desc.block_type.nbytes)
+    load_async(k_desc, [off_b, off_hk, tile_n * KEYS, 0], k_full, k_buf)
     for step in range(GROUP * count):
         slot = step % STAGES
         tile_m = first + step % count
         off_h = off_hk * GROUP + step // count
-        row = ((off_b * Hk * GROUP + off_h) * row_tiles + tile_m) * 2
+        row = (off_b * Hk * GROUP + off_h) * row_tiles + tile_m
         mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
-        mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + 2 * stats_desc.block_type.nbytes)
+        mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
         load_async(q_desc, [off_b, off_h, tile_m * BLOCK_M, 0], q_full.index(slot), q_bufs.index(slot))
-        load_async(stats_desc, [row, 0], q_full.index(slot), lse_bufs.index(slot))
-        load_async(stats_desc, [row + 1, 0], q_full.index(slot), delta_bufs.index(slot))
+        load_async(stats_desc, [row, 0], q_full.index(slot), stats_bufs.index(slot))
         if step == 0:
-            for half in gl.static_range(2):
-                load_async(v_desc, [off_b, off_hk, tile_n * KEYS + half * HALF, 0], v_full, v_bufs.index(half))
+            mbarrier.expect(v_full, v_desc.block_type.nbytes)
+            load_async(v_desc, [off_b, off_hk, tile_n * KEYS, 0], v_full, v_buf)
         mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes)
         load_async(do_desc, [off_b, off_h, tile_m * BLOCK_M, 0], do_full.index(slot), do_bufs.index(slot))
 
@@ -168,10 +156,12 @@ def _await_turns(
 
 
 @gluon.jit
-def _add_dq(
-    sum_desc, tickets_ptr, dq_parts, turns, work,
+def _store(
+    sum_desc, dk_desc, dv_desc, tickets_ptr, keys, dq_parts, turns, work,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, DQ_STAGES: gl.constexpr,
 ):
+    """Add dQ, in turns; at the end dK and dV, which are in the places of K and V."""
+    k_buf, v_buf, k_full, v_full, finished = keys
     dq_bufs, dq_full, dq_empty = dq_parts
     come, gone = turns
     tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
@@ -182,18 +172,21 @@ def _add_dq(
         tile = (head * GROUP + step // count) * row_tiles + tile_m
         turn = _turn(tile_n, tile_m, work, RIGHT, BLOCK_M)
         mbarrier.wait(come.index(step % 2), step // 2 & 1)
-        for w in gl.static_range(2):
-            slot = step % DQ_STAGES * 2 + w
-            mbarrier.wait(dq_full.index(slot), step // DQ_STAGES & 1)
-            if turn == 0:
-                store_async(sum_desc, [(tile * 2 + w) * 32, 0], dq_bufs.index(slot))
-            else:
-                add_async(sum_desc, [(tile * 2 + w) * 32, 0], dq_bufs.index(slot))
+        slot = step % DQ_STAGES
+        mbarrier.wait(dq_full.index(slot), step // DQ_STAGES & 1)
+        if turn == 0:
+            store_async(sum_desc, [tile * 64, 0], dq_bufs.index(slot))
+        else:
+            add_async(sum_desc, [tile * 64, 0], dq_bufs.index(slot))
         tma.store_wait(0)
-        for w in gl.static_range(2):
-            mbarrier.arrive(dq_empty.index(step % DQ_STAGES * 2 + w), count=1)
+        mbarrier.arrive(dq_empty.index(slot), count=1)
         _publish(tickets_ptr + tile, turn + 1)
         mbarrier.arrive(gone.index(step % 2), count=1)
+    off_b, off_hk = head // Hk, head % Hk
+    mbarrier.wait(finished, 0)
+    store_async(dv_desc, [off_b, off_hk, tile_n * KEYS, 0], v_buf)
+    store_async(dk_desc, [off_b, off_hk, tile_n * KEYS, 0], k_buf)
+    tma.store_wait(0)
 
 
 # ---- the warpgroups that multiply
@@ -221,82 +214,71 @@ def _hide(s, after_n, at_left, at_right, LEFT: gl.constexpr, RIGHT: gl.constexpr
         s = gl.where(gl.expand_dims(gl.where(exists, n + at_right, 1 << 30), 1) <= m, s, float("-inf"))
     if LEFT:
         s = gl.where(gl.expand_dims(gl.where(exists, n + at_left, -(1 << 30)), 1) >= m, s, float("-inf"))
-    if not (LEFT or RIGHT):
-        s = gl.where(gl.expand_dims(exists, 1) & (m >= 0), s, float("-inf"))
     return s
 
 
 @gluon.jit
-def _dq_product(ds_t, k_buf, acc, MORE: gl.constexpr, BLOCK_D: gl.constexpr, WARPGROUP: gl.constexpr):
-    """acc + dS K over 64 keys: for a warpgroup its half of dQ, of the columns if they are 128, else of the rows."""
-    k = k_buf.reshape([HALF, BLOCK_D])
-    if BLOCK_D == 128:
-        ds, k = ds_t.permute((1, 0)), k.slice(WARPGROUP * 64, 64, dim=1)
-    else:
-        ds = ds_t.slice(WARPGROUP * 64, 64, dim=1).permute((1, 0))
-    return warpgroup_mma(ds, k, acc, use_acc=MORE, is_async=True)
-
-
-@gluon.jit
-def _hand_on(dq, step, dq_parts, DQ_STAGES: gl.constexpr, WARPGROUP: gl.constexpr):
+def _hand_on(dq, step, dq_parts, BLOCK_D: gl.constexpr, DQ_STAGES: gl.constexpr):
     """dQ to the warp that adds, in the order of the registers: 16 contiguous bytes a thread at a time."""
     dq_bufs, dq_full, dq_empty = dq_parts
-    # warp, upper or lower 8 rows, row, 8 columns, 2 columns, column -> [32, 128]; _finish_kernel undoes it
-    x = gl.permute(gl.reshape(dq, [4, 2, 8, 8, 4, 2]), [3, 0, 2, 4, 1, 5])
-    slot = step % DQ_STAGES * 2 + WARPGROUP
+    # warp, upper or lower 8 rows, row, warpgroup or 8 columns ..., 2 columns, column; _finish_kernel undoes it
+    if BLOCK_D == 128:
+        x = gl.permute(gl.reshape(dq, [4, 2, 8, 2, 8, 4, 2]), [3, 4, 0, 2, 5, 1, 6])
+    else:
+        x = gl.permute(gl.reshape(dq, [2, 4, 2, 8, 8, 4, 2]), [0, 4, 1, 3, 5, 2, 6])
+    slot = step % DQ_STAGES
     mbarrier.wait(dq_empty.index(slot), (step // DQ_STAGES & 1) ^ 1)
-    dq_bufs.index(slot).store(gl.reshape(x, [32, 128]))
+    dq_bufs.index(slot).store(gl.reshape(x, [64, 128]))
     fence_async_shared()
     mbarrier.arrive(dq_full.index(slot), count=1)
 
 
 @gluon.jit
 def _multiply(
-    out, keys, queries, ds_bufs, dq_parts, work,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, RAGGED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, DQ_STAGES: gl.constexpr, WARPGROUP: gl.constexpr,
+    keys, queries, ds_bufs, dq_parts, scale_2, work,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, DQ_STAGES: gl.constexpr,
 ):
-    """One warpgroup: 64 keys."""
-    dk_desc, dv_desc, scale_2 = out
-    k_bufs, v_bufs, k_full, v_full = keys
-    q_bufs, do_bufs, lse_bufs, delta_bufs, q_full, do_full, empty = queries
+    k_buf, v_buf, k_full, v_full, finished = keys
+    q_bufs, do_bufs, stats_bufs, q_full, do_full, empty = queries
     tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
     BANDED: gl.constexpr = LEFT or RIGHT
     dtype: gl.constexpr = q_bufs.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
-    d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
-    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_M, 16])
+    d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_D, 16])
+    dq_warps: gl.constexpr = [4, 2] if BLOCK_D == 128 else [8, 1]
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=dq_warps, instr_shape=[16, 64, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, k_width=2)
     query_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
     tile_n, head = _place(work)
     first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
-    start_n = tile_n * KEYS + WARPGROUP * HALF
+    start_n = tile_n * KEYS
     first_m, end_m = _uniform(first * BLOCK_M), _uniform((first + count) * BLOCK_M)
     steps = _uniform(GROUP * count)
     after_n, at_left, at_right = _uniform(N - start_n), _uniform(start_n - left), _uniform(start_n - right)
     start_m = first_m
-    k_mine = k_bufs.index(WARPGROUP).reshape([HALF, BLOCK_D])
-    v_mine = v_bufs.index(WARPGROUP).reshape([HALF, BLOCK_D])
-    dk = gl.zeros([HALF, BLOCK_D], gl.float32, d_layout)
-    dv = gl.zeros([HALF, BLOCK_D], gl.float32, d_layout)
-    zeros = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
-    dq_zeros = gl.zeros([64, 64], gl.float32, dq_layout)
+    k = k_buf.reshape([KEYS, BLOCK_D])
+    v = v_buf.reshape([KEYS, BLOCK_D])
+    dk = gl.zeros([KEYS, BLOCK_D], gl.float32, d_layout)
+    dv = gl.zeros([KEYS, BLOCK_D], gl.float32, d_layout)
+    zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, s_layout)
+    dq_zeros = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, dq_layout)
     mbarrier.wait(k_full, 0)
     mbarrier.wait(v_full, 0, pred=steps > 0)
     if BANDED:
-        _make_finite(k_mine, d_layout)
-        _make_finite(v_mine, d_layout)
+        _make_finite(k, d_layout)
+        _make_finite(v, d_layout)
         fence_async_shared()
-        _meet(1)
     mbarrier.wait(q_full.index(0), 0, pred=steps > 0)
     for step in range(steps):
         slot = step % STAGES
         q = q_bufs.index(slot).reshape([BLOCK_M, BLOCK_D])
         do = do_bufs.index(slot).reshape([BLOCK_M, BLOCK_D])
-        if BANDED or RAGGED:
-            edge = after_n < HALF
+        stats = stats_bufs.index(slot).reshape([2 * BLOCK_M])
+        if BANDED:
+            edge = after_n < KEYS
             if RIGHT:
-                edge = edge | (at_right + (HALF - 1) > start_m)
+                edge = edge | (at_right + (KEYS - 1) > start_m)
             if LEFT:
                 edge = edge | (at_left < start_m + (BLOCK_M - 1))
             hidden = zeros
@@ -304,14 +286,14 @@ def _multiply(
                 hidden = _hide(zeros, after_n, at_left - start_m, at_right - start_m, LEFT, RIGHT, s_layout)
             start_m += BLOCK_M
             start_m = gl.where(start_m == end_m, first_m, start_m)
-            s_token = warpgroup_mma(k_mine, q.permute((1, 0)), hidden, use_acc=edge, is_async=True)
+            s_token = warpgroup_mma(k, q.permute((1, 0)), hidden, use_acc=edge, is_async=True)
         else:
-            s_token = warpgroup_mma(k_mine, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            s_token = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
         mbarrier.wait(do_full.index(slot), step // STAGES & 1)
-        delta = gl.expand_dims(delta_bufs.index(slot).reshape([BLOCK_M]).load(query_layout), 0)
+        delta = gl.expand_dims(stats.slice(BLOCK_M, BLOCK_M).load(query_layout), 0)
         delta, _ = gl.broadcast(delta, zeros)
-        dp_token = warpgroup_mma(v_mine, do.permute((1, 0)), delta, is_async=True)
-        lse = lse_bufs.index(slot).reshape([BLOCK_M]).load(query_layout)
+        dp_token = warpgroup_mma(v, do.permute((1, 0)), delta, is_async=True)
+        lse = stats.slice(0, BLOCK_M).load(query_layout)
         s = warpgroup_mma_wait(1, [s_token])
         p = gl.exp2(s * scale_2 - gl.expand_dims(lse, 0))
         p_16 = gl.convert_layout(p.to(dtype), p_layout)
@@ -319,28 +301,21 @@ def _multiply(
         mbarrier.wait(q_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1, pred=step + 1 < steps)
         dp = warpgroup_mma_wait(0, [dp_token])
         ds = (p * dp).to(dtype)
-        ds_bufs.index(step % 2 * 2 + WARPGROUP).store(ds)
+        ds_buf = ds_bufs.index(step % 2)
+        ds_buf.store(ds)
         fence_async_shared()
         dv_token = warpgroup_mma(p_16, do, dv, is_async=True)
-        _meet(0)
-        here = ds_bufs.index(step % 2 * 2)
-        dq_token = _dq_product(here, k_bufs.index(0), dq_zeros, False, BLOCK_D, WARPGROUP)
-        there = ds_bufs.index(step % 2 * 2 + 1)
-        dq_token = _dq_product(there, k_bufs.index(1), dq_token, True, BLOCK_D, WARPGROUP)
+        dq_token = warpgroup_mma(ds_buf.permute((1, 0)), k, dq_zeros, use_acc=False, is_async=True)
         dk_token = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
         dq = warpgroup_mma_wait(1, [dq_token])
-        _hand_on(dq, step, dq_parts, DQ_STAGES, WARPGROUP)
+        _hand_on(dq, step, dq_parts, BLOCK_D, DQ_STAGES)
         dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])
         mbarrier.arrive(empty.index(slot), count=1)
 
-    off_b, off_hk = head // Hk, head % Hk
-    v_mine.store(dv.to(dtype))  # V's place: nobody else reads this half
-    _meet(1)
-    k_mine.store((dk * (scale_2 * LN2)).to(dtype))
+    v.store(dv.to(dtype))
+    k.store((dk * (scale_2 * LN2)).to(dtype))
     fence_async_shared()
-    store_async(dv_desc, [off_b, off_hk, start_n, 0], v_bufs.index(WARPGROUP))
-    store_async(dk_desc, [off_b, off_hk, start_n, 0], k_bufs.index(WARPGROUP))
-    tma.store_wait(0)
+    mbarrier.arrive(finished, count=1)
 
 
 @gluon.jit(do_not_specialize=[
@@ -349,35 +324,36 @@ def _multiply(
 def _backward_kernel(
     q_desc, k_desc, v_desc, do_desc, stats_desc, sum_desc, dk_desc, dv_desc, tickets_ptr, scale_2,
     tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, RAGGED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, DQ_STAGES: gl.constexpr, REGISTERS: gl.constexpr, REST: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, DQ_STAGES: gl.constexpr, REST: gl.constexpr,
 ):
     dtype: gl.constexpr = q_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    k_bufs = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF, BLOCK_D], k_desc.layout)
-    v_bufs = gl.allocate_shared_memory(dtype, [2, 1, 1, HALF, BLOCK_D], v_desc.layout)
+    k_buf = gl.allocate_shared_memory(dtype, [1, 1, KEYS, BLOCK_D], k_desc.layout)
+    v_buf = gl.allocate_shared_memory(dtype, [1, 1, KEYS, BLOCK_D], v_desc.layout)
     q_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], do_desc.layout)
-    lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], stats_desc.layout)
-    delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], stats_desc.layout)
-    ds_bufs = gl.allocate_shared_memory(dtype, [4, HALF, BLOCK_M], ds_layout)
-    dq_bufs = gl.allocate_shared_memory(gl.float32, [2 * DQ_STAGES, 32, 128], sum_desc.layout)
+    stats_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * BLOCK_M], stats_desc.layout)
+    ds_bufs = gl.allocate_shared_memory(dtype, [2, KEYS, BLOCK_M], ds_layout)
+    dq_bufs = gl.allocate_shared_memory(gl.float32, [DQ_STAGES, 64, 128], sum_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    finished = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    dq_full = gl.allocate_shared_memory(gl.int64, [2 * DQ_STAGES, 1], mbarrier.MBarrierLayout())
-    dq_empty = gl.allocate_shared_memory(gl.int64, [2 * DQ_STAGES, 1], mbarrier.MBarrierLayout())
+    dq_full = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], mbarrier.MBarrierLayout())
+    dq_empty = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], mbarrier.MBarrierLayout())
     come = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     gone = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(k_full, count=1)
     mbarrier.init(v_full, count=1)
+    mbarrier.init(finished, count=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(q_full.index(slot), count=1)
         mbarrier.init(do_full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
-    for slot in gl.static_range(2 * DQ_STAGES):
+        mbarrier.init(empty.index(slot), count=1)
+    for slot in gl.static_range(DQ_STAGES):
         mbarrier.init(dq_full.index(slot), count=1)
         mbarrier.init(dq_empty.index(slot), count=1)
     for slot in gl.static_range(2):
@@ -385,22 +361,19 @@ def _backward_kernel(
         mbarrier.init(gone.index(slot), count=1)
     fence_async_shared()
 
-    keys = (k_bufs, v_bufs, k_full, v_full)
-    queries = (q_bufs, do_bufs, lse_bufs, delta_bufs, q_full, do_full, empty)
+    keys = (k_buf, v_buf, k_full, v_full, finished)
+    queries = (q_bufs, do_bufs, stats_bufs, q_full, do_full, empty)
     dq_parts = (dq_bufs, dq_full, dq_empty)
     turns = (come, gone)
-    out = (dk_desc, dv_desc, scale_2)
     descs = (q_desc, k_desc, v_desc, do_desc, stats_desc)
     work = (tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right)
     gl.warp_specialize([
-        (_multiply, (out, keys, queries, ds_bufs, dq_parts, work,
-                     LEFT, RIGHT, RAGGED, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES, 0)),
-        (_multiply, (out, keys, queries, ds_bufs, dq_parts, work,
-                     LEFT, RIGHT, RAGGED, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES, 1)),
+        (_multiply, (keys, queries, ds_bufs, dq_parts, scale_2, work, LEFT, RIGHT, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES)),
         (_fetch, (descs, keys, queries, work, LEFT, RIGHT, BLOCK_M, STAGES)),
         (_await_turns, (tickets_ptr, turns, work, LEFT, RIGHT, BLOCK_M)),
-        (_add_dq, (sum_desc, tickets_ptr, dq_parts, turns, work, LEFT, RIGHT, BLOCK_M, DQ_STAGES)),
-    ], [4, 1, 1, 1], [REGISTERS, REST, REST, REST])
+        (_store, (sum_desc, dk_desc, dv_desc, tickets_ptr, keys, dq_parts, turns, work,
+                  LEFT, RIGHT, BLOCK_M, DQ_STAGES)),
+    ], [1, 1, 1], [REST, REST, REST])
 
 
 # ---- before and after
@@ -471,12 +444,12 @@ def applies(q, k, v, scale, processors):
 def backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right):
     """Fill dq, dk, dv and record, see fused_backward_op in triton_attention_fused_backward.py; for what applies()."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
-    banded = left is not None or right is not None
+    right = N if left is None and right is None and N % KEYS.value else right  # hides what is past the last key
     do = do if readable(do) else do.contiguous()
-    tile = tile_for("fused backward hopper", q.dtype, max(D, DV), banded)
+    tile = tile_for("fused backward hopper", q.dtype, max(D, DV), right is not None)
     row_tiles, tiles = triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, KEYS.value)
     blocks = B * H * row_tiles
-    stats, sums = lse.new_empty(2 * blocks, tile.BLOCK_M), lse.new_empty(64 * blocks, 128)
+    stats, sums = lse.new_empty(blocks, 2 * tile.BLOCK_M), lse.new_empty(64 * blocks, 128)
     tickets = lse.new_empty(blocks, dtype=torch.int32)
     launch(
         _prepare_kernel, blocks, do, *do.stride(), o, *o.stride(), lse, dlse, record, stats, tickets, H, M, row_tiles,
@@ -485,16 +458,16 @@ def backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right):
     registers = (1 << 16) // (128 * 3) // 8 * 8  # of a thread, before they are dealt out
     launch(
         _backward_kernel, B * Hk * tiles,
-        describe(q, tile.BLOCK_M, tile.BLOCK_D), describe(k, HALF.value, tile.BLOCK_D),
-        describe(v, HALF.value, tile.BLOCK_D), describe(do, tile.BLOCK_M, tile.BLOCK_D),
-        describe_rows(stats, 1), describe_rows(sums, 32),
-        describe(dk, HALF.value, tile.BLOCK_D), describe(dv, HALF.value, tile.BLOCK_D),
+        describe(q, tile.BLOCK_M, tile.BLOCK_D), describe(k, KEYS.value, tile.BLOCK_D),
+        describe(v, KEYS.value, tile.BLOCK_D), describe(do, tile.BLOCK_M, tile.BLOCK_D),
+        describe_rows(stats, 1), describe_rows(sums, 64),
+        describe(dk, KEYS.value, tile.BLOCK_D), describe(dv, KEYS.value, tile.BLOCK_D),
         tickets, scale * LOG2E,
         tiles, B * Hk, max(1, min(B * Hk, L2 // (H // Hk * M * 8 * tile.BLOCK_D))), Hk, H // Hk, row_tiles, M, N,
         left or 0, right or 0,
-        device=q.device, LEFT=left is not None, RIGHT=right is not None, RAGGED=N % KEYS.value > 0 and not banded,
+        device=q.device, LEFT=left is not None, RIGHT=right is not None,
         BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages, DQ_STAGES=tile.SPAN,
-        REGISTERS=tile.registers, REST=registers * 3 - 2 * tile.registers, num_warps=4, maxnreg=registers,
+        REST=registers * 3 - 2 * tile.registers, num_warps=8, maxnreg=registers,
     )
     launch(
         _finish_kernel, blocks, sums, dq, *dq.stride(), scale, H, M, N, row_tiles, left or 0, right or 0,
