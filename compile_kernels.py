@@ -41,6 +41,7 @@ SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 22
 PARTS = {  # kernels that a launcher runs besides or instead of one that bears its name
     "_nonzero_kernel": ", NaN repair", "_merge_kernel": ", merge", "_dq_kernel": ", dQ", "_dkdv_kernel": ", dK dV",
     "_split_kernel": ", parts", "_repair_kernel": ", NaN repair", "_zero_kernel": ", zero",
+    "_prepare_kernel": ", before", "_finish_kernel": ", after",
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -101,18 +102,23 @@ def usage(kernel):
 
 
 def softmax_beneath(kernel):
-    """Whether in the loops over the keys of the Hopper kernel the exponentials are between the issue of P V and the
-    wait for it. (ptxas may move that wait up: right results, a third slower.)"""
+    """Whether in the innermost loops of a Hopper kernel three quarters of the exponentials at least are computed while
+    a product is in flight. (ptxas may move the wait for it up: right results, a third slower.)"""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", cuobjdump(kernel.asm["cubin"], "--dump-sass"))
     code = [(int(address, 16), text) for address, text in found]
-    good = []
+    shares = []
     for end, text in code:
         back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         loop = [t for at, t in code if int(back.group(1), 16) <= at <= end] if back else []
-        where = {name: [i for i, t in enumerate(loop) if name in t] for name in ("HGMMA", "MUFU.EX2", "DEPBAR")}
-        if all(where.values()) and sum("BRA" in t for t in loop) < 8:  # innermost
-            good.append(where["HGMMA"][-1] < where["MUFU.EX2"][0] and where["MUFU.EX2"][-1] < where["DEPBAR"][-1])
-    return bool(good) and all(good)
+        if sum("BRA" in t for t in loop) < 8:  # innermost
+            beneath, in_flight = [], False
+            for t in loop:
+                if "HGMMA" in t or "DEPBAR.LE gsb0, 0x0" in t:
+                    in_flight = "HGMMA" in t
+                elif "MUFU.EX2" in t:
+                    beneath.append(in_flight)
+            shares += [sum(beneath) / len(beneath)] if beneath else []
+    return bool(shares) and min(shares) >= 0.75
 
 
 def fused_launches(dtype, D, quick):
@@ -145,6 +151,7 @@ def launches(architecture, quick=False):
     bfloat16 is; only for sm_90 do causal and full attention have tiles of their own."""
     if architecture == "sm_90":
         from triton_attention_hopper import forward
+        from triton_attention_hopper_backward import backward
         from triton_attention_scores_hopper import scores_hopper
 
         for D in (64, 128):
@@ -154,6 +161,9 @@ def launches(architecture, quick=False):
             kinds = (("full", None, None), ("causal", None, 0), ("window", -64, 0))
             for kind, left, right in kinds[: 2 if triton_attention_launch.TRITON >= (3, 9) and D > 64 else 3]:
                 yield f"fused on Hopper bfloat16 D{D} {kind}", forward, (q, q, q, q, lse, 0.125, left, right, 132)
+            for kind, left, right in kinds:
+                arguments = (q, None, q, q, q, q, lse, lse[..., None].repeat(1, 1, 1, 4), q, q, q, 0.125, left, right)
+                yield f"fused backward on Hopper bfloat16 D{D} {kind}", backward, arguments
     for dtype, D in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64), (torch.float64, 64)):
         name = str(dtype).removeprefix("torch.")
         q, s = torch.zeros(1, 2, 256, D, dtype=dtype), torch.zeros(1, 2, 256, 256, dtype=dtype)
@@ -194,8 +204,8 @@ def rows(name, quick):
             shared = kernel.metadata.shared / 1024
             problems = [f"{spills} spills"] if spills else []
             problems += [f"shared memory over {SHARED_KIB[name]} KiB"] if shared > SHARED_KIB[name] else []
-            if name_of_kernel == "_forward_kernel" and not softmax_beneath(kernel):
-                problems.append("the softmax is not beneath P V")
+            if name_of_kernel in ("_forward_kernel", "_backward_kernel") and not softmax_beneath(kernel):
+                problems.append("the exponentials are not beneath a product")
             row = (label + PARTS.get(name_of_kernel, ""), registers, spills, shared, ", ".join(problems))
             out += [row] if row not in out else []
     return out

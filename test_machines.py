@@ -151,11 +151,13 @@ def test_hopper_repair(left, right):
 @pytest.mark.skipif(hopper("triton_attention_hopper") is None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("D,Dv", [(64, 64), (128, 128), (40, 64), (96, 8)])
 def test_gpu_fused_hopper(D, Dv, monkeypatch):
-    kernels, used = hopper("triton_attention_hopper"), []
-    forward = kernels.forward
-    monkeypatch.setattr(kernels, "SMALLEST", 0)
-    monkeypatch.setattr(kernels, "FEWEST", 0)
-    monkeypatch.setattr(kernels, "forward", lambda *args: used.append(args) or forward(*args))
+    used = []
+    for name in ("forward", "backward"):
+        kernels = hopper("triton_attention_hopper" + ("_backward" if name == "backward" else ""))
+        monkeypatch.setattr(kernels, "SMALLEST", 0)
+        monkeypatch.setattr(kernels, "FEWEST", 0)
+        run = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *args, name=name, run=run: used.append(name) or run(*args))
     monkeypatch.setattr(triton_attention_replay, "_records", {})
     everywhere = (-1, -1)
     windows = [(everywhere, False), (everywhere, True), ((100, 0), False), ((-1, 30), False), ((64, -1), True)]
@@ -166,7 +168,7 @@ def test_gpu_fused_hopper(D, Dv, monkeypatch):
             used.clear()
             compare(lambda *a, o=(window, is_causal): fused(*a, window_size=o[0], is_causal=o[1]),
                     lambda *a, o=(window, is_causal): torch_fused(*a, window_size=o[0], is_causal=o[1]), q, k, v)
-            assert used
+            assert used.count("forward") == used.count("backward") == 1
     q, k, v = (torch.randn(1, 2, 700, D, device=DEVICE, dtype=BF16) for D in (D, D, Dv))
     expected = attention_fused(q, k, v, is_causal=True)
     lower = torch_fused(q, k, v, is_causal=True)[0][:, :, :300]
@@ -183,6 +185,31 @@ def test_gpu_fused_hopper(D, Dv, monkeypatch):
     attention_fused(q[:, :, :16], k, v)
     attention_fused(q[..., 1:], k[..., 1:], v)
     assert not used
+
+
+@pytest.mark.skipif(hopper("triton_attention_hopper_backward") is None, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("D", (64, 128))
+def test_gpu_fused_hopper_gradients(D):
+    """Many programs add to a dQ, in order; an expanded gradient; sinks; NaN in hidden keys."""
+    q, k, v = (torch.randn(2, 16, 1500, D, device=DEVICE, dtype=BF16, requires_grad=True) for _ in range(3))
+    do, sinks = torch.randn_like(q), torch.randn(16, device=DEVICE)
+    for options in ({}, {"is_causal": True}, {"window_size": (200, 100)}):
+        out = attention_fused(q, k, v, **options)
+        first = torch.autograd.grad(out, (q, k, v), do, retain_graph=True)
+        for _ in range(20):
+            again = torch.autograd.grad(out, (q, k, v), do, retain_graph=True)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    one = torch.ones((), device=DEVICE, dtype=BF16)
+    sums = (torch.autograd.grad(out, q, x, retain_graph=True)[0] for x in (one.expand_as(q), torch.ones_like(q)))
+    assert torch.equal(*sums)
+    few = [t[:1].detach().requires_grad_() for t in (q, k, v)]
+    sinks.requires_grad_()
+    compare(lambda *a: fused(*a[:3], sinks=a[3]), lambda *a: torch_fused(*a[:3], sinks=a[3]), *few, sinks)
+    clean, = torch.autograd.grad(attention_fused(q, k, v, is_causal=True)[:, :, :800].sum(), q)
+    with torch.no_grad():
+        k[:, :, 900], v[:, :, 800] = NAN, INF
+    hidden, = torch.autograd.grad(attention_fused(q, k, v, is_causal=True)[:, :, :800].sum(), q)
+    assert torch.equal(clean[:, :, :800], hidden[:, :, :800])
 
 
 @GPU

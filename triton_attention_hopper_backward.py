@@ -1,28 +1,33 @@
 """dQ, dK, dV on Hopper in one walk over the scores: five products a tile instead of the plain kernels' seven.
 
 The plain kernels (triton_attention_fused_backward.py) compute S and dP twice, once for dQ and once for dK and dV, so
-that every sum belongs to one program. Here a program owns 128 keys, two warpgroups 64 each, walks over the queries that
-see them, and computes all three; dK and dV stay in registers, dQ is passed on from program to program:
+that every sum belongs to one program. Here a program owns 128 keys, walks over the queries that see them, and computes
+all three. dK and dV stay in its registers; dQ goes from program to program, each of which adds its part:
 
-    fetching warp   Q0 dO0   Q1 dO1   Q2 dO2   ...        by TMA, into rings of shared memory
-    warpgroup 0     S^T  dP^T       dV   dQ  dK   | S^T  dP^T ...   tensor cores, asynchronous
-                        P^T      dS^T                               the other units, beneath dP^T and dV
-    warpgroup 1     the same for the other 64 keys; both meet at dS: dQ = dS K needs all of them
-    waiting warp    until the program before has added its dQ to the queries of this step
-    adding warp     dQ to memory, float32, by TMA; then it is the next program's turn
+    fetching warp   Q1 dO1              Q2 dO2              ...            by TMA, into rings of shared memory
+    eight warps     S0   dP0     dV  dQ0  dK | S1   dP1     dV  dQ1  dK    tensor cores, asynchronous
+                         P0  dS0             |      P1  dS1                 the other units, P beneath dP
+    waiting warp    until dQ0 has what the keys after these add to it, until dQ1 ...
+    storing warp                          dQ0 added to memory, by TMA; the next program may add its part    ...
 
-S^T = K Q^T and dP^T = V dO^T come transposed out of the tensor cores, as dV = P^T dO and dK = dS^T Q take them in, from
-registers; only dS also goes through shared memory. The numbers of a query's dQ are added in a fixed order, last keys
-first, which a ticket in memory for every tile of queries keeps: results are bitwise repeatable. A program waits only for
-programs with lower numbers, which the GPU starts before it: no deadlock, however many fit at once. The order costs
-nothing that could be measured, as neighbours lag by a step each; what costs is the traffic of dQ itself.
+S^T = K Q^T and dP^T = V dO^T come transposed out of the tensor cores, the way dV += P^T dO and dK += dS^T Q take them
+in, straight from registers. Only dS goes through shared memory too, for dQ = dS K is a sum over the keys of all warps.
 
-Where the speed is from: three stages of Q and dO, which hide that traffic (7 % over two); -delta as what dP^T starts
-from, which frees registers; the wait for the next Q between the exponentials and the wait for dP^T, without which ptxas
-moves the latter up. A wgmma in flight across the end of a step would be serialised by ptxas, or spill.
+The parts of a dQ are added in a fixed order, the last keys first: results are bitwise repeatable. A ticket in memory
+for each tile of queries says whose turn it is. A program waits only for programs with lower numbers, which the GPU
+starts before it: no deadlock, however many it has room for. Programs that work on the same queries lag by a step each,
+so that hardly any waits. What dQ costs is its traffic, 4 bytes an element and a tile of keys.
 
-Shah et al., "FlashAttention-3", 2024, for one walk with warp specialisation; FlashAttention-2's deterministic mode for
-an order of the additions.
+Where the speed is from. Three stages of Q and dO hide that traffic (two: 7 % slower). -delta is what the product dP^T
+starts from, which saves registers and 1 to 3 %. So is -inf what S starts from where a key is hidden: a mask on P would
+spill. The wait for the next Q is between the exponentials and the wait for dP, without which ptxas moves the latter up.
+Eight warps in one partition are as fast as two warpgroups that meet at dS; those spill with ptxas 13 and need barriers
+of their own. Not tried again: wgmma in flight across the end of a step, which ptxas serialises or spills.
+
+On an H100, bfloat16, [4, 16, 4096, 128]: 371 -> 543 TFLOP/s, causal 333 -> 461.
+
+Shah et al., "FlashAttention-3", 2024, for one walk with warp specialisation; the order of the additions is what
+FlashAttention-2 does in its deterministic mode.
 """
 
 import torch
@@ -42,6 +47,7 @@ from triton_attention_tma import add_async, describe, describe_rows, load_async,
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 KEYS = gl.constexpr(128)  # of a program
 SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
+FEWEST = 1  # programs a multiprocessor; with fewer, the plain kernels take more and smaller tiles
 L2 = 32 << 20  # bytes: heads whose queries, and what belongs to them, fit there are worked on together
 
 
@@ -86,7 +92,15 @@ def _turn(tile_n, tile_m, work, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
     return last - tile_n
 
 
-# ---- the warps that fetch, wait and add
+@gluon.jit
+def _step(step, first, count, head, work):
+    """(tile of queries, its number among those of all heads): one head of the group after the other."""
+    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
+    tile_m = first + step % count
+    return tile_m, (head * GROUP + step // count) * row_tiles + tile_m
+
+
+# ---- the warps that fetch, wait and store
 
 
 @gluon.jit
@@ -105,13 +119,12 @@ def _fetch(
     load_async(k_desc, [off_b, off_hk, tile_n * KEYS, 0], k_full, k_buf)
     for step in range(GROUP * count):
         slot = step % STAGES
-        tile_m = first + step % count
+        tile_m, tile = _step(step, first, count, head, work)
         off_h = off_hk * GROUP + step // count
-        row = (off_b * Hk * GROUP + off_h) * row_tiles + tile_m
         mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
         mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
         load_async(q_desc, [off_b, off_h, tile_m * BLOCK_M, 0], q_full.index(slot), q_bufs.index(slot))
-        load_async(stats_desc, [row, 0], q_full.index(slot), stats_bufs.index(slot))
+        load_async(stats_desc, [tile, 0], q_full.index(slot), stats_bufs.index(slot))
         if step == 0:
             mbarrier.expect(v_full, v_desc.block_type.nbytes)
             load_async(v_desc, [off_b, off_hk, tile_n * KEYS, 0], v_full, v_buf)
@@ -139,19 +152,16 @@ def _publish(ptr, value):
 
 
 @gluon.jit
-def _await_turns(
-    tickets_ptr, turns, work, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr
-):
-    """A step or two ahead of the warp that adds."""
+def _await_turns(tickets_ptr, turns, work, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Say when it is this program's turn, up to two steps ahead."""
     come, gone = turns
     tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
     tile_n, head = _place(work)
     first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
     for step in range(GROUP * count):
-        tile_m = first + step % count
+        tile_m, tile = _step(step, first, count, head, work)
         mbarrier.wait(gone.index(step % 2), (step // 2 & 1) ^ 1)
-        ticket_ptr = tickets_ptr + (head * GROUP + step // count) * row_tiles + tile_m
-        _spin_until(ticket_ptr, _turn(tile_n, tile_m, work, RIGHT, BLOCK_M))
+        _spin_until(tickets_ptr + tile, _turn(tile_n, tile_m, work, RIGHT, BLOCK_M))
         mbarrier.arrive(come.index(step % 2), count=1)
 
 
@@ -160,7 +170,7 @@ def _store(
     sum_desc, dk_desc, dv_desc, tickets_ptr, keys, dq_parts, turns, work,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, DQ_STAGES: gl.constexpr,
 ):
-    """Add dQ, in turns; at the end dK and dV, which are in the places of K and V."""
+    """dQ of every step, when it is its turn; at the end dK and dV, from the places of K and V."""
     k_buf, v_buf, k_full, v_full, finished = keys
     dq_bufs, dq_full, dq_empty = dq_parts
     come, gone = turns
@@ -168,11 +178,10 @@ def _store(
     tile_n, head = _place(work)
     first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
     for step in range(GROUP * count):
-        tile_m = first + step % count
-        tile = (head * GROUP + step // count) * row_tiles + tile_m
+        tile_m, tile = _step(step, first, count, head, work)
         turn = _turn(tile_n, tile_m, work, RIGHT, BLOCK_M)
-        mbarrier.wait(come.index(step % 2), step // 2 & 1)
         slot = step % DQ_STAGES
+        mbarrier.wait(come.index(step % 2), step // 2 & 1)
         mbarrier.wait(dq_full.index(slot), step // DQ_STAGES & 1)
         if turn == 0:
             store_async(sum_desc, [tile * 64, 0], dq_bufs.index(slot))
@@ -189,7 +198,7 @@ def _store(
     tma.store_wait(0)
 
 
-# ---- the warpgroups that multiply
+# ---- the warps that multiply
 
 
 @gluon.jit
@@ -201,6 +210,7 @@ def _make_finite(buf, layout: gl.constexpr):
 
 @gluon.jit
 def _uniform(x):
+    """x, of which ptxas learns that all lanes have the same."""
     return _inline("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", x)
 
 
@@ -208,7 +218,7 @@ def _uniform(x):
 def _hide(s, after_n, at_left, at_right, LEFT: gl.constexpr, RIGHT: gl.constexpr, layout: gl.constexpr):
     """S^T, -inf where a query does not see a key."""
     n = gl.arange(0, s.shape[0], gl.SliceLayout(1, layout))
-    exists = n < _inline("mov.b32 $0, $1;", after_n)  # not hoisted
+    exists = n < _inline("mov.b32 $0, $1;", after_n)  # not hoisted: LLVM would keep what follows in registers
     m = gl.expand_dims(gl.arange(0, s.shape[1], gl.SliceLayout(0, layout)), 0)
     if RIGHT:  # what there is to compute is computed a row, and compared with a constant
         s = gl.where(gl.expand_dims(gl.where(exists, n + at_right, 1 << 30), 1) <= m, s, float("-inf"))
@@ -219,9 +229,9 @@ def _hide(s, after_n, at_left, at_right, LEFT: gl.constexpr, RIGHT: gl.constexpr
 
 @gluon.jit
 def _hand_on(dq, step, dq_parts, BLOCK_D: gl.constexpr, DQ_STAGES: gl.constexpr):
-    """dQ to the warp that adds, in the order of the registers: 16 contiguous bytes a thread at a time."""
+    """dQ to the warp that stores, in the order of the registers: 16 contiguous bytes a thread at a time."""
     dq_bufs, dq_full, dq_empty = dq_parts
-    # warp, upper or lower 8 rows, row, warpgroup or 8 columns ..., 2 columns, column; _finish_kernel undoes it
+    # (warpgroup, 8 columns, warp, row, 2 columns, upper or lower 8 rows, column): _finish_kernel undoes it
     if BLOCK_D == 128:
         x = gl.permute(gl.reshape(dq, [4, 2, 8, 2, 8, 4, 2]), [3, 4, 0, 2, 5, 1, 6])
     else:
@@ -368,7 +378,8 @@ def _backward_kernel(
     descs = (q_desc, k_desc, v_desc, do_desc, stats_desc)
     work = (tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right)
     gl.warp_specialize([
-        (_multiply, (keys, queries, ds_bufs, dq_parts, scale_2, work, LEFT, RIGHT, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES)),
+        (_multiply, (keys, queries, ds_bufs, dq_parts, scale_2, work,
+                     LEFT, RIGHT, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES)),
         (_fetch, (descs, keys, queries, work, LEFT, RIGHT, BLOCK_M, STAGES)),
         (_await_turns, (tickets_ptr, turns, work, LEFT, RIGHT, BLOCK_M)),
         (_store, (sum_desc, dk_desc, dv_desc, tickets_ptr, keys, dq_parts, turns, work,
@@ -385,7 +396,8 @@ def _prepare_kernel(
     lse_ptr, dlse_ptr, record_ptr, stats_ptr, tickets_ptr, H, M, row_tiles,
     DV: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """For each tile of queries: lse of base 2, +inf where no key is seen (P = 0 there), and -delta; its ticket; the record."""
+    """For each tile of queries: lse of base 2, +inf where no key is seen (P = 0 there), and -delta; its ticket, 0; and
+    the record that other kernels take, see load_record."""
     tile = tl.program_id(0)
     head, start_m = tile // row_tiles, tile % row_tiles * BLOCK_M
     off_b, off_h = head // H, head % H
@@ -436,40 +448,57 @@ def applies(q, k, v, scale, processors):
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
     return (
         q.element_size() == 2 and 0 < D <= 128 and 0 < DV <= 128 and D % 8 == 0 and DV % 8 == 0 and scale > 0.0
-        and 10 * B * H * M * N * D >= SMALLEST and B * Hk * triton.cdiv(N, KEYS.value) >= processors
+        and 10 * B * H * M * N * D >= SMALLEST and B * Hk * triton.cdiv(N, KEYS.value) >= FEWEST * processors
         and all(readable(t) for t in (q, k, v))
+    )
+
+
+def prepare(do, dlse, o, lse, record, block_m):
+    """(stats, tickets) of the queries, a row for each tile of them; fills record."""
+    B, H, M, DV = o.shape
+    row_tiles = triton.cdiv(M, block_m)
+    stats = lse.new_empty(B * H * row_tiles, 2 * block_m)
+    tickets = lse.new_empty(B * H * row_tiles, dtype=torch.int32)
+    launch(
+        _prepare_kernel, B * H * row_tiles,
+        do, *do.stride(), o, *o.stride(), lse, dlse, record, stats, tickets, H, M, row_tiles, device=o.device,
+        DV=int(DV), HAS_DLSE=dlse is not None, BLOCK_M=block_m, BLOCK_DV=max(16, triton.next_power_of_2(DV)),
+        num_warps=4,
+    )
+    return stats, tickets
+
+
+def finish(sums, dq, N, scale, left, right, block_m):
+    """Fill dq from the sums of its parts."""
+    B, H, M, D = dq.shape
+    row_tiles = triton.cdiv(M, block_m)
+    launch(
+        _finish_kernel, B * H * row_tiles, sums, dq, *dq.stride(), scale, H, M, N, row_tiles, left or 0, right or 0,
+        device=dq.device, D=int(D), LEFT=left is not None, RIGHT=right is not None, BLOCK_M=block_m, num_warps=4,
     )
 
 
 def backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right):
     """Fill dq, dk, dv and record, see fused_backward_op in triton_attention_fused_backward.py; for what applies()."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
-    right = N if left is None and right is None and N % KEYS.value else right  # hides what is past the last key
+    if left is None and right is None and N % KEYS.value:
+        right = N  # nothing more is hidden, but what is past the last key
     do = do if readable(do) else do.contiguous()
     tile = tile_for("fused backward hopper", q.dtype, max(D, DV), right is not None)
-    row_tiles, tiles = triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, KEYS.value)
-    blocks = B * H * row_tiles
-    stats, sums = lse.new_empty(blocks, 2 * tile.BLOCK_M), lse.new_empty(64 * blocks, 128)
-    tickets = lse.new_empty(blocks, dtype=torch.int32)
-    launch(
-        _prepare_kernel, blocks, do, *do.stride(), o, *o.stride(), lse, dlse, record, stats, tickets, H, M, row_tiles,
-        device=q.device, DV=int(DV), HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_DV=tile.BLOCK_D, num_warps=4,
-    )
+    stats, tickets = prepare(do, dlse, o, lse, record, tile.BLOCK_M)
+    sums = lse.new_empty(64 * tickets.numel(), 128)
+    tiles, section = triton.cdiv(N, KEYS.value), L2 // (H // Hk * M * 8 * tile.BLOCK_D)
     registers = (1 << 16) // (128 * 3) // 8 * 8  # of a thread, before they are dealt out
     launch(
         _backward_kernel, B * Hk * tiles,
         describe(q, tile.BLOCK_M, tile.BLOCK_D), describe(k, KEYS.value, tile.BLOCK_D),
         describe(v, KEYS.value, tile.BLOCK_D), describe(do, tile.BLOCK_M, tile.BLOCK_D),
         describe_rows(stats, 1), describe_rows(sums, 64),
-        describe(dk, KEYS.value, tile.BLOCK_D), describe(dv, KEYS.value, tile.BLOCK_D),
-        tickets, scale * LOG2E,
-        tiles, B * Hk, max(1, min(B * Hk, L2 // (H // Hk * M * 8 * tile.BLOCK_D))), Hk, H // Hk, row_tiles, M, N,
+        describe(dk, KEYS.value, tile.BLOCK_D), describe(dv, KEYS.value, tile.BLOCK_D), tickets, scale * LOG2E,
+        tiles, B * Hk, max(1, min(B * Hk, section)), Hk, H // Hk, triton.cdiv(M, tile.BLOCK_M), M, N,
         left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,
         BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages, DQ_STAGES=tile.SPAN,
         REST=registers * 3 - 2 * tile.registers, num_warps=8, maxnreg=registers,
     )
-    launch(
-        _finish_kernel, blocks, sums, dq, *dq.stride(), scale, H, M, N, row_tiles, left or 0, right or 0,
-        device=q.device, D=int(D), LEFT=left is not None, RIGHT=right is not None, BLOCK_M=tile.BLOCK_M, num_warps=4,
-    )
+    finish(sums, dq, N, scale, left, right, tile.BLOCK_M)

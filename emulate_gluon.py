@@ -1,0 +1,289 @@
+"""A slow Hopper GPU in Python, on which the source of a Gluon kernel runs: for its protocol of barriers and rings.
+
+Gluon has no interpreter. Here a kernel's functions run as plain Python on torch tensors, each partition a thread. What
+the hardware does in its own time happens at the worst: a copy by TMA lands after a random delay, and until then its
+place holds NaN; a wgmma wants its operands from when it is issued to when it is waited for; a store leaves shared
+memory when that is waited for, and reaches memory when another program is told so. A buffer that is released too early,
+or read too soon, is a wrong result or a changed operand, an arrival too many an error, and a wait that nobody ends a
+deadlock that is reported. Rounding, layouts and speed are not emulated.
+"""
+
+import ast
+import random
+import threading
+import time
+from types import SimpleNamespace
+
+import torch
+
+
+class Barrier:
+    """An mbarrier: a phase ends when all have arrived and all bytes have landed."""
+
+    patience = 60.0  # seconds that a wait may take: then it is a deadlock
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.phase, self.bytes, self.broken = 0, 0, False
+
+    def init(self, count):
+        self.count = self.pending = count
+
+    def update(self, arrivals=0, expected=0):
+        with self.changed:
+            self.pending -= arrivals
+            self.bytes += expected
+            self.broken |= self.pending < 0
+            if self.pending == 0 and self.bytes == 0:
+                self.phase, self.pending = self.phase + 1, self.count
+            self.changed.notify_all()
+
+    def wait(self, parity):
+        with self.changed:
+            done = self.changed.wait_for(lambda: self.broken or self.phase & 1 != parity, self.patience)
+            if self.broken:
+                raise AssertionError("an arrival too many")
+            if not done:
+                raise AssertionError(f"deadlock: {threading.current_thread().name} waits for a barrier")
+
+
+class Barriers:
+    def __init__(self, count):
+        self.each = [Barrier() for _ in range(count)]
+
+    def index(self, i):
+        return self.each[i]
+
+
+class Shared:
+    """Shared memory: views of one tensor."""
+
+    def __init__(self, data):
+        self.data, self.dtype, self.shape = data, data.dtype, data.shape
+
+    def index(self, i):
+        return Shared(self.data[i])
+
+    def reshape(self, shape):
+        return Shared(self.data.view(shape))
+
+    def permute(self, order):
+        return Shared(self.data.permute(order))
+
+    def slice(self, start, length):
+        return Shared(self.data[start : start + length])
+
+    def load(self, layout):
+        return self.data.clone()
+
+    def store(self, value):
+        self.data.copy_(value)
+
+
+class Descriptor:
+    """What TMA moves: blocks of rows of a [..., M, D] tensor; outside of it zeros."""
+
+    delays = 0, 0, 1e-3, 1e-2  # seconds that a load takes
+
+    def __init__(self, tensor, rows, columns):
+        self.tensor, self.block, self.dtype, self.layout = tensor, (rows, columns), tensor.dtype, None
+        self.block_type = SimpleNamespace(nbytes=rows * columns * tensor.element_size())
+
+    def part(self, at):
+        *head, start, _ = at
+        return self.tensor[tuple(head)][start : start + self.block[0]]
+
+    def load(self, at, barrier, place):
+        place.data.fill_(torch.nan)
+
+        def arrive():
+            time.sleep(random.choice(self.delays))
+            part = self.part(at)
+            place.data.zero_()
+            place.data.view(self.block)[: part.shape[0], : part.shape[1]] = part
+            barrier.update(expected=-self.block_type.nbytes)
+
+        threading.Thread(target=arrive, daemon=True).start()
+
+
+class Pointer:
+    def __init__(self, data, offset=0):
+        self.data, self.offset = data, offset
+
+    def __add__(self, offset):
+        return Pointer(self.data, self.offset + offset)
+
+
+class Product:
+    """A wgmma in flight: it may read its operands when it is issued, when it is waited for, or in between."""
+
+    def __init__(self, a, b, acc, use_acc):
+        self.operands = a, b, acc if use_acc else torch.zeros_like(acc)
+        self.issued = [x.data.clone() for x in self.operands if isinstance(x, Shared)]
+
+    def value(self):
+        shared = [x.data for x in self.operands if isinstance(x, Shared)]
+        if not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(shared, self.issued, strict=True)):
+            raise AssertionError("an operand changed beneath a wgmma")
+        a, b, acc = (x.data if isinstance(x, Shared) else x for x in self.operands)
+        return acc + a.float() @ b.float()
+
+
+class Program(threading.local):
+    """Who a thread is, and its stores in flight."""
+
+    number, size, stores, landing = 0, 1, (), ()
+
+
+here = Program()
+changed = threading.Condition()  # of what is in memory
+
+
+def store_wait(pending):
+    """Stores have left shared memory; where they go to, they arrive later."""
+    here.landing += tuple((desc, at, place.data.clone(), adds) for desc, at, place, adds in here.stores)
+    here.stores = ()
+
+
+def store_async(desc, at, place):
+    here.stores += ((desc, at, place, False),)
+
+
+def add_async(desc, at, place):
+    here.stores += ((desc, at, place, True),)
+
+
+def land():
+    store_wait(0)
+    with changed:
+        for desc, at, data, adds in here.landing:
+            part = desc.part(at)
+            data = data.view(desc.block)[: part.shape[0], : part.shape[1]]
+            part.copy_(part + data if adds else data)
+    here.landing = ()
+
+
+def publish(ptr, value):
+    land()
+    with changed:
+        ptr.data[ptr.offset] = value
+        changed.notify_all()
+
+
+def spin_until(ptr, value):
+    with changed:
+        if not changed.wait_for(lambda: ptr.data[ptr.offset] == value, Barrier.patience):
+            raise AssertionError(f"deadlock: {threading.current_thread().name} waits for its turn")
+
+
+def store(ptr, value, mask=None):
+    offsets = torch.as_tensor(ptr.offset)
+    value = torch.as_tensor(value, dtype=ptr.data.dtype).expand(offsets.shape)
+    if mask is not None:
+        offsets, value = offsets[mask], value[mask]
+    ptr.data[offsets] = value
+
+
+def atomic_add(ptr, value, sem):
+    with changed:
+        ptr.data[ptr.offset] += value
+        return int(ptr.data[ptr.offset]) - value
+
+
+def together(jobs):
+    """Run (program number, function, arguments) each in a thread of its own; raise the first error."""
+    errors, size = [], here.size
+
+    def work(number, function, args):
+        here.number, here.size, here.stores, here.landing = number, size, (), ()
+        try:
+            function(*args)
+            land()
+        except Exception as error:  # noqa: BLE001  it is raised again below
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=job, name=f"{job[1].__name__} {i}") for i, job in enumerate(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def warp_specialize(partitions, warps, registers):
+    together([(here.number, function, args) for function, args in partitions])
+
+
+def allocate(dtype, shape, layout):
+    if layout == "barrier":
+        return Barriers(shape[0]) if len(shape) > 1 else Barrier()
+    return Shared(torch.full(shape, torch.nan).to(dtype))
+
+
+def either(torch_function, function):
+    return lambda a, b: torch_function(a, b) if isinstance(a, torch.Tensor) else function(a, b)
+
+
+def where(condition, a, b):
+    return torch.where(condition, a, b) if isinstance(condition, torch.Tensor) else a if condition else b
+
+
+def mma_wait(pending, products):
+    values = tuple(product.value() for product in products)
+    return values if len(values) > 1 else values[0]
+
+
+nothing = lambda *args, **kwargs: None  # noqa: E731  layouts
+LANGUAGE = SimpleNamespace(
+    constexpr=lambda x: x, to_tensor=lambda x: x, static_range=range, float32=torch.float32, int32=torch.int32,
+    int64=torch.int64, program_id=lambda axis: here.number, num_programs=lambda axis: here.size,
+    minimum=min, maximum=either(torch.maximum, max), zeros=lambda shape, dtype, layout: torch.zeros(shape),
+    full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
+    arange=lambda start, end, layout: torch.arange(start, end), expand_dims=lambda x, axis: x.unsqueeze(axis),
+    where=where, max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
+    exp2=torch.exp2, log=torch.log, abs=torch.abs, zeros_like=torch.zeros_like, reshape=torch.reshape,
+    permute=torch.permute, broadcast=torch.broadcast_tensors, convert_layout=lambda x, layout: x,
+    store=store, atomic_add=atomic_add, warp_specialize=warp_specialize, allocate_shared_memory=allocate,
+    NVMMADistributedLayout=nothing, NVMMASharedLayout=nothing, DotOperandLayout=nothing, SliceLayout=nothing,
+    BlockedLayout=nothing, SwizzledSharedLayout=nothing,
+)
+NAMES = {
+    "gl": LANGUAGE, "fence_async_shared": nothing, "store_async": store_async, "add_async": add_async,
+    "_publish": publish, "_spin_until": spin_until, "_inline": lambda asm, x: int(x),
+    "tma": SimpleNamespace(store_wait=store_wait),
+    "load_async": lambda desc, at, barrier, place: desc.load(at, barrier, place),
+    "mbarrier": SimpleNamespace(
+        MBarrierLayout=lambda: "barrier", init=lambda bar, count: bar.init(count),
+        expect=lambda bar, nbytes: bar.update(arrivals=1, expected=nbytes),
+        arrive=lambda bar, count: bar.update(arrivals=count),
+        wait=lambda bar, parity, pred=True: bar.wait(parity) if pred else None,
+    ),
+    "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=True: Product(a, b, acc, use_acc),
+    "warpgroup_mma_wait": mma_wait,
+    "_to": lambda x, dtype: x.to(dtype) if isinstance(x, torch.Tensor) else x,
+}
+
+
+class Casts(ast.NodeTransformer):
+    """x.to(dtype) becomes _to(x, dtype): a Python integer has no such method."""
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "to":
+            return ast.Call(ast.Name("_to", ast.Load()), [node.func.value, *node.args], [])
+        return node
+
+
+def load(source):
+    """The kernel's functions and constants, as Python."""
+    names = dict(NAMES)
+    body = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and any("gluon" in ast.unparse(d) for d in node.decorator_list):
+            node.decorator_list = []
+            body += [node] if node.name not in names else []
+        elif isinstance(node, ast.Assign) and "gl.constexpr" in ast.unparse(node):
+            body.append(node)
+    exec(compile(ast.fix_missing_locations(Casts().visit(ast.Module(body, []))), "the kernel", "exec"), names)
+    return SimpleNamespace(**{name: value for name, value in names.items() if not name.startswith("__")})
