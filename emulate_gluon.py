@@ -236,17 +236,17 @@ def mma_wait(pending, products):
 
 nothing = lambda *args, **kwargs: None  # noqa: E731  layouts
 LANGUAGE = SimpleNamespace(
-    constexpr=lambda x: x, to_tensor=lambda x: x, static_range=range, float32=torch.float32, int32=torch.int32,
-    int64=torch.int64, program_id=lambda axis: here.number, num_programs=lambda axis: here.size,
-    minimum=min, maximum=either(torch.maximum, max), zeros=lambda shape, dtype, layout: torch.zeros(shape),
+    constexpr=lambda x: x, to_tensor=lambda x: x, static_range=range, float32=torch.float32, int8=torch.int8,
+    int32=torch.int32, int64=torch.int64, program_id=lambda axis: here.number, num_programs=lambda axis: here.size,
+    minimum=either(torch.minimum, min), maximum=either(torch.maximum, max), where=where,
+    zeros=lambda shape, dtype, layout: torch.zeros(shape), zeros_like=torch.zeros_like,
     full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     arange=lambda start, end, layout: torch.arange(start, end), expand_dims=lambda x, axis: x.unsqueeze(axis),
-    where=where, max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
-    exp2=torch.exp2, log=torch.log, abs=torch.abs, zeros_like=torch.zeros_like, reshape=torch.reshape,
-    permute=torch.permute, broadcast=torch.broadcast_tensors, convert_layout=lambda x, layout: x,
-    store=store, atomic_add=atomic_add, warp_specialize=warp_specialize, allocate_shared_memory=allocate,
-    NVMMADistributedLayout=nothing, NVMMASharedLayout=nothing, DotOperandLayout=nothing, SliceLayout=nothing,
-    BlockedLayout=nothing, SwizzledSharedLayout=nothing,
+    max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log=torch.log, abs=torch.abs,
+    reshape=torch.reshape, permute=torch.permute, broadcast=torch.broadcast_tensors,
+    convert_layout=lambda x, layout: x, store=store, atomic_add=atomic_add, warp_specialize=warp_specialize,
+    allocate_shared_memory=allocate, NVMMADistributedLayout=nothing, NVMMASharedLayout=nothing,
+    DotOperandLayout=nothing, SliceLayout=nothing, BlockedLayout=nothing, SwizzledSharedLayout=nothing,
 )
 NAMES = {
     "gl": LANGUAGE, "fence_async_shared": nothing, "store_async": store_async, "add_async": add_async,

@@ -26,7 +26,8 @@ def forward(q, k, v, scale, left=None, right=None, block_m=128, stages=2, progra
     (B, H, M), (Hk, N) = q.shape[:3], k.shape[1:3]
     row_tiles = -(-M // block_m)
     o, lse = torch.full_like(q, torch.nan), torch.full((B * H * M,), torch.nan)
-    poisoned, counter = torch.full((B * H * row_tiles * (block_m // 64),), -1), torch.zeros(1, dtype=torch.int32)
+    poisoned = torch.full((B * H * row_tiles * block_m,), -1, dtype=torch.int8)
+    counter = torch.zeros(1, dtype=torch.int32)
     arguments = (
         Descriptor(q, 64, 64), Descriptor(k, 128, 64), Descriptor(v, 128, 64), Descriptor(o, 64, 64),
         Pointer(lse), Pointer(poisoned), Pointer(counter), scale * 1.4426950408889634,
@@ -114,7 +115,7 @@ BUGS = {  # name: (what is there, what a tired author writes, a case that shows 
     "the next Q loaded too early": (
         "mbarrier.wait(q_empty.index(turn % 2 * WARPGROUPS + w), (turn // 2 & 1) ^ 1)", "pass", _SHORT,
     ),
-    "the phase of every second Q": ("turn // 2 & 1)\n    item", "turn & 1)\n    item", _FULL),
+    "the phase of every second Q": ("turn // 2 & 1)\n    place", "turn & 1)\n    place", _FULL),
     "no end announced": ("mbarrier.arrive(q_full.index(turn % 2 * WARPGROUPS + w), count=1)", "pass", _FULL),
     "the last V kept": (
         "        _release(v_empty, count - 1, STAGES)\n        if BANDED", "        if BANDED", _FULL,

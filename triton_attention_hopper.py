@@ -15,8 +15,12 @@ in length: then the longest come first, and whoever is done takes the next numbe
 
 Where the speed is from: wgmma stays in flight under the softmax only because the wait for the next K is between the
 exponentials and the wait for P V; without it ptxas moves the latter up. A branch around the mask, not a second loop,
-which would spill. 240 registers a thread of two warpgroups, or 160 of three, and few for the warp that fetches. On an
-H100, bfloat16, [4, 16, 4096, 128]: 445 -> 686 TFLOP/s, causal 407 -> 597.
+which would spill. 240 registers a thread of two warpgroups, or 160 of three, and few for the warp that fetches; that
+warp does the divisions that say which tile is next, and asks for its number a tile ahead. Causal heads are worked on in
+sections, of two tiles a multiprocessor, so that K and V stay in L2: at S 512, D 128 254 -> 300 TFLOP/s. What gained
+nothing: S of the next tile beneath the last P V of this one, as the other warpgroup is there to fill that gap; turns
+that are dealt out in advance (8 % slower at S 8192). On an H100, bfloat16, [4, 16, 4096, 128]: 445 -> 686 TFLOP/s,
+causal 407 -> 597.
 
 Shah et al., "FlashAttention-3", 2024, for warp specialisation and the order of the two products. Gluon
 (triton.experimental.gluon) is Triton's lower-level language: layouts, barriers and copies are explicit.
@@ -41,7 +45,6 @@ LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # queries of a warpgroup
 SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
 FEWEST = 1  # tiles of 128 queries a multiprocessor; with fewer, the plain kernel splits the keys
-L2 = 40 << 20  # bytes: heads whose keys and values fit there are worked on together
 
 
 @gluon.jit
@@ -58,7 +61,7 @@ def _place(item, row_tiles, heads, section, H, BANDED: gl.constexpr, BLOCK_M: gl
     if BANDED:
         whole = item // (row_tiles * section) * section
         rest = item - whole * row_tiles
-        wide = gl.minimum(section, heads - whole)
+        wide = gl.maximum(gl.minimum(section, heads - whole), 1)  # 1: past the end of the list
         head, tile = whole + rest % wide, row_tiles - 1 - rest // wide
     else:
         head, tile = item // row_tiles, item % row_tiles
@@ -81,14 +84,15 @@ def _key_tiles(
 @gluon.jit
 def _hide(s, row, start_n, N, left, right, LEFT: gl.constexpr, RIGHT: gl.constexpr, layout: gl.constexpr):
     """Scores, -inf where a query does not see a key."""
-    m = gl.expand_dims(row + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout)), 1)
+    m = row + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout))
+    n = gl.expand_dims(gl.arange(0, s.shape[1], gl.SliceLayout(0, layout)), 0)
     start_n = _inline("mov.b32 $0, $1;", start_n)  # not hoisted: LLVM would keep the mask of the last keys in registers
-    n = gl.expand_dims(start_n + gl.arange(0, s.shape[1], gl.SliceLayout(0, layout)), 0)
-    keep = (n < N) & (m >= 0)  # the latter always; it gives `keep` its full shape
+    last_n = m * 0 + (N - 1 - start_n)  # what there is to compute is computed a row
     if RIGHT:
-        keep = keep & (n <= m + right)
+        last_n = gl.minimum(last_n, m + (right - start_n))
+    keep = n <= gl.expand_dims(last_n, 1)
     if LEFT:
-        keep = keep & (n >= m + left)
+        keep = keep & (n >= gl.expand_dims(m + (left - start_n), 1))
     return gl.where(keep, s, float("-inf"))
 
 
@@ -129,11 +133,14 @@ def _skip(tiles, count, k_full, k_empty, v_full, v_empty, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _announce(item, tickets, q_empty, turn, WARPGROUPS: gl.constexpr):
-    """Write the number of the next tile of queries where the warpgroups find it, once they have left the place."""
+def _announce(off_b, off_h, start_m, tickets, q_empty, turn, WARPGROUPS: gl.constexpr):
+    """Write which tile of queries is next where the warpgroups find it, once they have left the place."""
     for w in gl.static_range(WARPGROUPS):
         mbarrier.wait(q_empty.index(turn % 2 * WARPGROUPS + w), (turn // 2 & 1) ^ 1)
-    tickets.index(turn % 2).store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + item)
+    zero = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+    tickets.index(turn % 2 * 3).store(zero + off_b)
+    tickets.index(turn % 2 * 3 + 1).store(zero + off_h)
+    tickets.index(turn % 2 * 3 + 2).store(zero + start_m)
     _inline("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", 0)
 
 
@@ -148,10 +155,13 @@ def _fetch(
     count = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     item = gl.program_id(0)
+    off_b, off_h, start_m = _place(item, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
     while item < items:
-        off_b, off_h, start_m = _place(item, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
+        following = item + gl.num_programs(0)
+        if LEFT or RIGHT:  # whoever is done first takes the next; asked for early, as the answer takes its time
+            following = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
         first, last = _key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
-        _announce(item, tickets, q_empty, turn, WARPGROUPS)
+        _announce(off_b, off_h, start_m, tickets, q_empty, turn, WARPGROUPS)
         for w in gl.static_range(WARPGROUPS):
             slot = turn % 2 * WARPGROUPS + w
             mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
@@ -162,14 +172,12 @@ def _fetch(
             _put(k_desc, off_b, off_h // GROUP, tile * BLOCK_N, k_bufs, k_full, k_empty, count + 1, STAGES)
             _put(v_desc, off_b, off_h // GROUP, (tile + 1) * BLOCK_N, v_bufs, v_full, v_empty, count, STAGES)
             count += 1
+        next_b, next_h, next_m = _place(following, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
         _put(v_desc, off_b, off_h // GROUP, first * BLOCK_N, v_bufs, v_full, v_empty, count, STAGES)
         count += 1
         turn += 1
-        if LEFT or RIGHT:  # whoever is done first takes the next
-            item = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        else:
-            item += gl.num_programs(0)
-    _announce(item, tickets, q_empty, turn, WARPGROUPS)
+        item, off_b, off_h, start_m = following, next_b, next_h, next_m
+    _announce(0, 0, -1, tickets, q_empty, turn, WARPGROUPS)
     for w in gl.static_range(WARPGROUPS):
         mbarrier.arrive(q_full.index(turn % 2 * WARPGROUPS + w), count=1)
 
@@ -178,11 +186,17 @@ def _fetch(
 
 
 @gluon.jit
-def _next_item(tickets, q_full, turn, WARPGROUPS: gl.constexpr, WARPGROUP: gl.constexpr):
-    """The number of the next tile of queries, when its Q is there."""
+def _next_tile(tickets, q_full, turn, WARPGROUPS: gl.constexpr, WARPGROUP: gl.constexpr):
+    """(off_b, off_h, start_m) of the next tile of queries, when its Q is there; start_m is -1 after the last."""
     mbarrier.wait(q_full.index(turn % 2 * WARPGROUPS + WARPGROUP), turn // 2 & 1)
-    item = gl.max(tickets.index(turn % 2).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-    return _inline("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", item)  # tells ptxas that all lanes have the same
+    place = turn % 2 * 3
+    return _read(tickets.index(place)), _read(tickets.index(place + 1)), _read(tickets.index(place + 2))
+
+
+@gluon.jit
+def _read(ticket):
+    number = gl.max(ticket.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    return _inline("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", number)  # tells ptxas that all lanes have the same
 
 
 @gluon.jit
@@ -214,10 +228,9 @@ def _attend(
     o_buf = o_bufs.index(WARPGROUP)
     count = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    item = _next_item(tickets, q_full, turn, WARPGROUPS, WARPGROUP)
-    while item < items:
+    off_b, off_h, start_m = _next_tile(tickets, q_full, turn, WARPGROUPS, WARPGROUP)
+    while start_m >= 0:
         q = q_bufs.index(turn % 2 * WARPGROUPS + WARPGROUP).reshape([ROWS, BLOCK_D])
-        off_b, off_h, start_m = _place(item, row_tiles, heads, section, H, BANDED, BLOCK_M)
         row = start_m + ROWS * WARPGROUP
         first, last = _key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
         own_first, own_last = first, last
@@ -282,14 +295,15 @@ def _attend(
         acc = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, o_layout)), 1)
         if BANDED:
             sums = gl.convert_layout(gl.sum(acc, 1), gl.SliceLayout(1, s_layout))
-            poisoned = gl.sum(((sums != sums) & (l_i == l_i)).to(gl.int32), 0)
-            gl.store(poisoned_ptr + (off_b * H + off_h) * (row_tiles * (BLOCK_M // ROWS)) + row // ROWS, poisoned)
+            poisoned = ((sums != sums) & (l_i == l_i)).to(gl.int8)
+            rows = (off_b * H + off_h).to(gl.int64) * (row_tiles * BLOCK_M) + rows
+            gl.store(poisoned_ptr + rows, poisoned)
         tma.store_wait(0)  # the tile before has left o_buf
         o_buf.reshape([ROWS, BLOCK_D]).store(acc.to(dtype))
         fence_async_shared()
         store_async(o_desc, [off_b, off_h, row, 0], o_buf)
         turn += 1
-        item = _next_item(tickets, q_full, turn, WARPGROUPS, WARPGROUP)
+        off_b, off_h, start_m = _next_tile(tickets, q_full, turn, WARPGROUPS, WARPGROUP)
     tma.store_wait(0)
 
 
@@ -308,7 +322,7 @@ def _forward_kernel(
     o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], o_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
-    tickets = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tickets = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [2 * WARPGROUPS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2 * WARPGROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -360,10 +374,11 @@ def _repair_kernel(
 ):
     """O again for the groups of SIZE queries with NaN: a key that none of them sees may hold it, and 0 * NaN is NaN."""
     first = tl.program_id(0) * MOST
-    offs = first + tl.arange(0, MOST)
-    if tl.sum(tl.load(poisoned_ptr + offs, mask=offs < groups, other=0)) > 0:
+    offs = first.to(tl.int64) * SIZE + tl.arange(0, MOST * SIZE)
+    if tl.max(tl.load(poisoned_ptr + offs, mask=offs // SIZE < groups, other=0).to(tl.int32)) > 0:
         for group in range(first, tl.minimum(first + MOST, groups)):
-            if tl.load(poisoned_ptr + group) > 0:
+            here = poisoned_ptr + first.to(tl.int64) * SIZE + ((group - first) * SIZE + tl.arange(0, SIZE))
+            if tl.max(tl.load(here).to(tl.int32)) > 0:
                 head = group // tiles
                 off_b, off_h = head // H, head % H
                 for few in range(0, SIZE, BLOCK_M):
@@ -402,8 +417,9 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
     row_tiles, warpgroups = triton.cdiv(M, tile.BLOCK_M), tile.BLOCK_M // ROWS.value
     items = B * H * row_tiles
     registers = (1 << 16) // (128 * (warpgroups + 1)) // 8 * 8  # of a thread, before they are dealt out
-    section = max(1, min(B * H, L2 // (N * 4 * tile.BLOCK_D)))
-    poisoned, counter = (lse.new_empty(size, dtype=torch.int32) for size in (items * warpgroups, 1))
+    section = min(B * H, triton.cdiv(2 * processors, row_tiles))  # two tiles each: their keys and values stay in L2
+    poisoned = lse.new_empty(items * tile.BLOCK_M if banded else 1, dtype=torch.int8)
+    counter = lse.new_empty(1, dtype=torch.int32)
     if banded:
         launch(_zero_kernel, 1, counter, num_warps=1)
     launch(
@@ -422,9 +438,9 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
 
 
 def repair(q, k, v, o, lse, poisoned, scale, left, right):
-    """Compute again what is `poisoned`: a flag for each 64 queries of a head, up to the end of its last tile."""
+    """Compute again what is `poisoned`: a flag for each query of a head, up to the end of its last tile."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
-    groups = poisoned.numel()
+    groups = poisoned.numel() // ROWS.value
     launch(
         _repair_kernel, triton.cdiv(groups, 32),
         q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(),
