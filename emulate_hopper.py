@@ -146,7 +146,7 @@ def notices(bug):
     if source.count(right) != 1:
         raise ValueError(f"{path.name} has changed: plant this bug anew: {bug}")
     usual = Barrier.patience, Descriptor.delays
-    Barrier.patience, Descriptor.delays = 3.0, (0, 1e-3, 5e-2)
+    Barrier.patience, Descriptor.delays = 1.0, (0, 1e-3, 5e-2)
     try:
         return None if check(source.replace(right, wrong), **case) else "a wrong result"
     except AssertionError as error:

@@ -447,4 +447,5 @@ def repair(q, k, v, o, lse, poisoned, scale, left, right):
         lse, poisoned, scale, groups, groups // (B * H), H, H // Hk, M, N, left or 0, right or 0,
         D=int(D), DV=int(DV), LEFT=left is not None, RIGHT=right is not None, SIZE=ROWS.value, BLOCK_M=16,
         BLOCK_D=triton.next_power_of_2(D), BLOCK_DV=triton.next_power_of_2(DV), MOST=32, num_warps=8,
+        maxnreg=96,  # ptxas itself may take 64, and spill
     )
