@@ -1,5 +1,6 @@
 """What depends on the machine: imports without a GPU, compiling for GPUs that are not here, what only a GPU shows."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -132,6 +133,16 @@ def test_hopper_protocol_bugs_are_noticed(bug):
     assert emulate_hopper.notices(bug)
 
 
+def test_hopper_sections():
+    """Not smaller than asked for, not more than twice that, and the last of them is not a small one."""
+    for heads, row_tiles in itertools.product((1, 7, 64, 96, 256, 1000), (1, 4, 32, 500)):
+        few = min(heads, -(-264 // row_tiles))
+        size = triton_attention_hopper.section_of(heads, row_tiles, 132)
+        assert few <= size <= min(2 * few, heads)
+        assert (heads - 1) % size + 1 >= size / 2
+    assert triton_attention_hopper.section_of(64, 32, 132) == 11  # 9 would leave one head for the end
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernel itself")
 @pytest.mark.parametrize("left,right", [(None, 0), (-60, 10)])
 def test_hopper_repair(left, right):
@@ -192,7 +203,7 @@ def test_gpu_fused_hopper(D, Dv, monkeypatch):
 def test_gpu_fused_hopper_gradients(D):
     """Many programs add to a dQ, in order; an expanded gradient; sinks; NaN in hidden keys."""
     q, k, v = (torch.randn(2, 16, 1500, D, device=DEVICE, dtype=BF16, requires_grad=True) for _ in range(3))
-    do, sinks = torch.randn_like(q), torch.randn(16, device=DEVICE)
+    do, sinks = torch.randn_like(q), torch.randn(16, device=DEVICE, dtype=BF16)
     for options in ({}, {"is_causal": True}, {"window_size": (200, 100)}):
         out = attention_fused(q, k, v, **options)
         first = torch.autograd.grad(out, (q, k, v), do, retain_graph=True)

@@ -409,6 +409,13 @@ def applies(q, k, v, o, scale, left, processors):
     )
 
 
+def section_of(heads, row_tiles, processors):
+    """How many heads are worked on together: two tiles of queries a multiprocessor, whose keys and values stay in L2;
+    up to twice as many, where the last section would be a small one that leaves most of the GPU idle."""
+    few = min(heads, triton.cdiv(2 * processors, row_tiles))
+    return max(range(few, min(2 * few, heads) + 1), key=lambda size: min((heads - 1) % size + 1, 0.75 * size) / size)
+
+
 def forward(q, k, v, o, lse, scale, left, right, processors):
     """Fill o and lse, see fused_op in triton_attention_fused.py; for what applies()."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
@@ -417,7 +424,6 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
     row_tiles, warpgroups = triton.cdiv(M, tile.BLOCK_M), tile.BLOCK_M // ROWS.value
     items = B * H * row_tiles
     registers = (1 << 16) // (128 * (warpgroups + 1)) // 8 * 8  # of a thread, before they are dealt out
-    section = min(B * H, triton.cdiv(2 * processors, row_tiles))  # two tiles each: their keys and values stay in L2
     poisoned = lse.new_empty(items * tile.BLOCK_M if banded else 1, dtype=torch.int8)
     counter = lse.new_empty(1, dtype=torch.int32)
     if banded:
@@ -427,7 +433,7 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
         describe(q, ROWS.value, tile.BLOCK_D), describe(k, tile.BLOCK_N, tile.BLOCK_D),
         describe(v, tile.BLOCK_N, tile.BLOCK_D), describe(o, ROWS.value, tile.BLOCK_D),
         lse, poisoned, counter, scale * LOG2E,
-        items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
+        items, row_tiles, B * H, section_of(B * H, row_tiles, processors), H, H // Hk, M, N, left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages,
         REGISTERS=tile.registers,

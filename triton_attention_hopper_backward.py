@@ -24,7 +24,7 @@ spill. The wait for the next Q is between the exponentials and the wait for dP, 
 Eight warps in one partition are as fast as two warpgroups that meet at dS; those spill with ptxas 13 and need barriers
 of their own. Not tried again: wgmma in flight across the end of a step, which ptxas serialises or spills.
 
-On an H100, bfloat16, [4, 16, 4096, 128]: 371 -> 543 TFLOP/s, causal 333 -> 461.
+On an H100, bfloat16, [4, 16, 4096, 128]: 389 -> 565 TFLOP/s, causal 360 -> 480.
 
 Shah et al., "FlashAttention-3", 2024, for one walk with warp specialisation; the order of the additions is what
 FlashAttention-2 does in its deterministic mode.
