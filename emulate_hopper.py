@@ -54,7 +54,7 @@ def backward(
         Descriptor(q, block_m, wide), Descriptor(k, 128, wide), Descriptor(v, 128, wide), Descriptor(do, block_m, wide),
         Descriptor(stats, 1, 2 * block_m), Descriptor(sums, 64, 128), Descriptor(dk, 128, wide),
         Descriptor(dv, 128, wide), Pointer(tickets), scale * 1.4426950408889634,
-        tiles, B * Hk, section, Hk, H // Hk, -(-M // block_m), M, N, left or 0, outer or 0,
+        tiles, B * Hk, section, Hk, H // Hk, -(-M // block_m), N, left or 0, outer or 0,
         left is not None, outer is not None, block_m, wide, stages, dq_stages, 0,
     )
     together([(number, kernel._backward_kernel, arguments) for number in range(B * Hk * tiles)])
@@ -80,7 +80,8 @@ def check(source=None, back=False, **options):
         results = forward(q, k, v, 0.2, source=source, **options)[:2]
     else:
         do, dlse = torch.randn(1, 4, 300, D), torch.randn(1, 4, 300).masked_fill(expected[1] == -torch.inf, 0.0)
-        results = backward(*(t.detach() for t in (q, k, v)), do, dlse, 0.2, source=source, **options)
+        poisoned = dlse.masked_fill(expected[1] == -torch.inf, torch.nan)  # which must not matter
+        results = backward(*(t.detach() for t in (q, k, v)), do, poisoned, 0.2, source=source, **options)
         lse = expected[1].masked_fill(expected[1] == -torch.inf, 0.0)
         expected += torch.autograd.grad((expected[0], lse), (q, k, v), (do, dlse))
     return all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results, expected, strict=True))

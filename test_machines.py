@@ -146,7 +146,7 @@ def test_hopper_sections():
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernel itself")
 @pytest.mark.parametrize("left,right", [(None, 0), (-60, 10)])
 def test_hopper_repair(left, right):
-    """NaN and inf in V where some of a tile's queries do not see it: the kernel marks the tile, its repair is right."""
+    """NaN and inf in V where some of a tile's queries do not see it: the rows are marked, their repair is right."""
     q, k, v = (torch.randn(1, 2, 200, 32) for _ in range(3))
     v[:, :, 130], v[0, 1, 70, 3] = NAN, INF
     o, lse, poisoned = emulate_hopper.forward(q, k, v, 0.2, left, right)
@@ -200,8 +200,12 @@ def test_gpu_fused_hopper(D, Dv, monkeypatch):
 
 @pytest.mark.skipif(hopper("triton_attention_hopper_backward") is None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("D", (64, 128))
-def test_gpu_fused_hopper_gradients(D):
-    """Many programs add to a dQ, in order; an expanded gradient; sinks; NaN in hidden keys."""
+def test_gpu_fused_hopper_gradients(D, monkeypatch):
+    """Many programs add to a dQ, in order; an expanded gradient, a misaligned one; sinks; NaN in hidden keys."""
+    kernels, used = hopper("triton_attention_hopper_backward"), []
+    backward = kernels.backward
+    monkeypatch.setattr(kernels, "FEWEST", 0)
+    monkeypatch.setattr(kernels, "backward", lambda *args: used.append(args) or backward(*args))
     q, k, v = (torch.randn(2, 16, 1500, D, device=DEVICE, dtype=BF16, requires_grad=True) for _ in range(3))
     do, sinks = torch.randn_like(q), torch.randn(16, device=DEVICE, dtype=BF16)
     for options in ({}, {"is_causal": True}, {"window_size": (200, 100)}):
@@ -213,6 +217,9 @@ def test_gpu_fused_hopper_gradients(D):
     one = torch.ones((), device=DEVICE, dtype=BF16)
     sums = (torch.autograd.grad(out, q, x, retain_graph=True)[0] for x in (one.expand_as(q), torch.ones_like(q)))
     assert torch.equal(*sums)
+    shifted = torch.empty(do.numel() + 1, device=DEVICE, dtype=BF16)[1:].view(do.shape).copy_(do)
+    for ours, theirs in zip(torch.autograd.grad(out, (q, k, v), shifted, retain_graph=True), first, strict=True):
+        assert torch.equal(ours, theirs)
     few = [t[:1].detach().requires_grad_() for t in (q, k, v)]
     sinks.requires_grad_()
     compare(lambda *a: fused(*a[:3], sinks=a[3]), lambda *a: torch_fused(*a[:3], sinks=a[3]), *few, sinks)
@@ -220,7 +227,7 @@ def test_gpu_fused_hopper_gradients(D):
     with torch.no_grad():
         k[:, :, 900], v[:, :, 800] = NAN, INF
     hidden, = torch.autograd.grad(attention_fused(q, k, v, is_causal=True)[:, :, :800].sum(), q)
-    assert torch.equal(clean[:, :, :800], hidden[:, :, :800])
+    assert torch.equal(clean[:, :, :800], hidden[:, :, :800]) and used
 
 
 @GPU

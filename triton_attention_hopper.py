@@ -19,12 +19,14 @@ which would spill. 240 registers a thread of two warpgroups, or 160 of three, an
 warp does the divisions that say which tile is next, and asks for its number a tile ahead. Causal heads are worked on in
 sections, of two tiles a multiprocessor, so that K and V stay in L2: at S 512, D 128 254 -> 300 TFLOP/s. What gained
 nothing: S of the next tile beneath the last P V of this one, as the other warpgroup is there to fill that gap; turns
-that are dealt out in advance (8 % slower at S 8192). On an H100, bfloat16, [4, 16, 4096, 128]: 445 -> 686 TFLOP/s,
-causal 407 -> 597.
+that are dealt out in advance (8 % slower at S 8192). On an H100, bfloat16, [4, 16, 4096, 128]: 445 -> 660 to 690
+TFLOP/s, causal 407 -> 580 to 600.
 
 Shah et al., "FlashAttention-3", 2024, for warp specialisation and the order of the two products. Gluon
 (triton.experimental.gluon) is Triton's lower-level language: layouts, barriers and copies are explicit.
 """
+
+import functools
 
 import torch
 import triton
@@ -409,6 +411,7 @@ def applies(q, k, v, o, scale, left, processors):
     )
 
 
+@functools.lru_cache
 def section_of(heads, row_tiles, processors):
     """How many heads are worked on together: two tiles of queries a multiprocessor, whose keys and values stay in L2;
     up to twice as many, where the last section would be a small one that leaves most of the GPU idle."""
@@ -433,7 +436,8 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
         describe(q, ROWS.value, tile.BLOCK_D), describe(k, tile.BLOCK_N, tile.BLOCK_D),
         describe(v, tile.BLOCK_N, tile.BLOCK_D), describe(o, ROWS.value, tile.BLOCK_D),
         lse, poisoned, counter, scale * LOG2E,
-        items, row_tiles, B * H, section_of(B * H, row_tiles, processors), H, H // Hk, M, N, left or 0, right or 0,
+        items, row_tiles, B * H, section_of(B * H, row_tiles, processors) if banded else 1, H, H // Hk, M, N,
+        left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages,
         REGISTERS=tile.registers,

@@ -18,11 +18,13 @@ for each tile of queries says whose turn it is. A program waits only for program
 starts before it: no deadlock, however many it has room for. Programs that work on the same queries lag by a step each,
 so that hardly any waits. What dQ costs is its traffic, 4 bytes an element and a tile of keys.
 
-Where the speed is from. Three stages of Q and dO hide that traffic (two: 7 % slower). -delta is what the product dP^T
-starts from, which saves registers and 1 to 3 %. So is -inf what S starts from where a key is hidden: a mask on P would
-spill. The wait for the next Q is between the exponentials and the wait for dP, without which ptxas moves the latter up.
-Eight warps in one partition are as fast as two warpgroups that meet at dS; those spill with ptxas 13 and need barriers
-of their own. Not tried again: wgmma in flight across the end of a step, which ptxas serialises or spills.
+Where the speed is from. At D 128 three stages of Q and dO hide that traffic (two: 7 % slower). -delta is what the
+product dP^T starts from, which saves registers and 1 to 3 %. So is -inf what S starts from where a key is hidden: a
+mask on P would spill. The wait for the next Q is between the exponentials and the wait for dP, without which ptxas
+moves the latter up. Eight warps in one partition are as fast as two warpgroups that meet at dS; those spill with ptxas
+13 and need barriers of their own. What gained nothing: dP^T from zero, so that it is issued right behind S (ptxas then
+moves half of the exponentials below its wait). Not tried again: wgmma in flight across the end of a step, which ptxas
+serialises or spills.
 
 On an H100, bfloat16, [4, 16, 4096, 128]: 389 -> 565 TFLOP/s, causal 360 -> 480.
 
@@ -73,7 +75,7 @@ def _place(work):
 @gluon.jit
 def _query_tiles(tile_n, work, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
     """(first, how many) of the tiles of queries that may see a tile of keys."""
-    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
+    tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
     first, end = gl.to_tensor(0), row_tiles
     if RIGHT:
         first = gl.maximum(tile_n * KEYS - right, 0) // BLOCK_M
@@ -85,7 +87,7 @@ def _query_tiles(tile_n, work, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M:
 @gluon.jit
 def _turn(tile_n, tile_m, work, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
     """How many programs add to a tile of queries before this one: the keys after these that it may see."""
-    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
+    tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
     last = tiles - 1
     if RIGHT:
         last = gl.minimum(last, (tile_m * BLOCK_M + (BLOCK_M - 1) + right) // KEYS)
@@ -95,7 +97,7 @@ def _turn(tile_n, tile_m, work, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
 @gluon.jit
 def _step(step, first, count, head, work):
     """(tile of queries, its number among those of all heads): one head of the group after the other."""
-    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
+    tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
     tile_m = first + step % count
     return tile_m, (head * GROUP + step // count) * row_tiles + tile_m
 
@@ -111,7 +113,7 @@ def _fetch(
     q_desc, k_desc, v_desc, do_desc, stats_desc = descs
     k_buf, v_buf, k_full, v_full, finished = keys
     q_bufs, do_bufs, stats_bufs, q_full, do_full, empty = queries
-    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
+    tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
     tile_n, head = _place(work)
     first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
     off_b, off_hk = head // Hk, head % Hk
@@ -155,7 +157,7 @@ def _publish(ptr, value):
 def _await_turns(tickets_ptr, turns, work, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
     """Say when it is this program's turn, up to two steps ahead."""
     come, gone = turns
-    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
+    tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
     tile_n, head = _place(work)
     first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
     for step in range(GROUP * count):
@@ -174,7 +176,7 @@ def _store(
     k_buf, v_buf, k_full, v_full, finished = keys
     dq_bufs, dq_full, dq_empty = dq_parts
     come, gone = turns
-    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
+    tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
     tile_n, head = _place(work)
     first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
     for step in range(GROUP * count):
@@ -203,7 +205,7 @@ def _store(
 
 @gluon.jit
 def _make_finite(buf, layout: gl.constexpr):
-    """0 for NaN and inf: of a hidden key they would meet a dS of 0. (Who sees one has it in lse or delta already.)"""
+    """0 for NaN and inf: of a hidden key they would meet a dS of 0. (Who sees NaN has it in lse or delta already.)"""
     x = buf.load(layout)
     buf.store(gl.where(gl.abs(x.to(gl.float32)) < float("inf"), x, gl.zeros_like(x)))
 
@@ -251,7 +253,7 @@ def _multiply(
 ):
     k_buf, v_buf, k_full, v_full, finished = keys
     q_bufs, do_bufs, stats_bufs, q_full, do_full, empty = queries
-    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right = work
+    tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
     BANDED: gl.constexpr = LEFT or RIGHT
     dtype: gl.constexpr = q_bufs.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_M, 16])
@@ -329,11 +331,11 @@ def _multiply(
 
 
 @gluon.jit(do_not_specialize=[
-    "scale_2", "tiles", "heads", "section", "Hk", "GROUP", "row_tiles", "M", "N", "left", "right"
+    "scale_2", "tiles", "heads", "section", "Hk", "GROUP", "row_tiles", "N", "left", "right"
 ])
 def _backward_kernel(
     q_desc, k_desc, v_desc, do_desc, stats_desc, sum_desc, dk_desc, dv_desc, tickets_ptr, scale_2,
-    tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right,
+    tiles, heads, section, Hk, GROUP, row_tiles, N, left, right,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, DQ_STAGES: gl.constexpr, REST: gl.constexpr,
 ):
@@ -376,7 +378,7 @@ def _backward_kernel(
     dq_parts = (dq_bufs, dq_full, dq_empty)
     turns = (come, gone)
     descs = (q_desc, k_desc, v_desc, do_desc, stats_desc)
-    work = (tiles, heads, section, Hk, GROUP, row_tiles, M, N, left, right)
+    work = (tiles, heads, section, Hk, GROUP, row_tiles, N, left, right)
     gl.warp_specialize([
         (_multiply, (keys, queries, ds_bufs, dq_parts, scale_2, work,
                      LEFT, RIGHT, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES)),
@@ -397,7 +399,7 @@ def _prepare_kernel(
     DV: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """For each tile of queries: lse of base 2, +inf where no key is seen (P = 0 there), and -delta; its ticket, 0; and
-    the record that other kernels take, see load_record."""
+    the record, see load_record, in which the gradient of sinks finds delta."""
     tile = tl.program_id(0)
     head, start_m = tile // row_tiles, tile % row_tiles * BLOCK_M
     off_b, off_h = head // H, head % H
@@ -412,9 +414,11 @@ def _prepare_kernel(
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
     stats_ptr += tile.to(tl.int64) * 2 * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(stats_ptr, tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634))
-    tl.store(stats_ptr + BLOCK_M, -delta)
-    store_pair(record_ptr, 2 * (row + offs_m), lse, lse, offs_m < M)
+    blind = lse == float("-inf")
+    tl.store(stats_ptr, tl.where(blind, float("inf"), lse * 1.4426950408889634))
+    tl.store(stats_ptr + BLOCK_M, tl.where(blind, 0.0, -delta))
+    top = tl.where(blind, 0.0, lse)
+    store_pair(record_ptr, 2 * (row + offs_m), top, top, offs_m < M)
     store_pair(record_ptr, 2 * (row + offs_m) + 1, delta, tl.zeros_like(delta), offs_m < M)
     tl.store(tickets_ptr + tile, 0)
 
@@ -436,7 +440,7 @@ def _finish_kernel(
     seen = (last_n >= 0) & (first_n // 128 <= last_n // 128)
     for w in tl.static_range(2):
         offs = tile.to(tl.int64) * 8192 + w * 4096 + tl.arange(0, 4096)
-        x = tl.load(sum_ptr + offs, mask=offs < tl.where(seen, offs + 1, 0), other=0.0) * scale
+        x = tl.load(sum_ptr + offs, mask=(offs >= 0) & seen, other=0.0) * scale
         x = tl.reshape(tl.permute(tl.reshape(x, [8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5]), [64, 64])
         rows, columns = (0, w * 64) if BLOCK_M == 64 else (w * 64, 0)
         offs_m, offs_d = start_m + rows + tl.arange(0, 64), columns + tl.arange(0, 64)
@@ -483,7 +487,7 @@ def backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right):
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
     if left is None and right is None and N % KEYS.value:
         right = N  # nothing more is hidden, but what is past the last key
-    do = do if readable(do) else do.contiguous()
+    do = do if readable(do) else do.clone(memory_format=torch.contiguous_format)
     tile = tile_for("fused backward hopper", q.dtype, max(D, DV), right is not None)
     stats, tickets = prepare(do, dlse, o, lse, record, tile.BLOCK_M)
     sums = lse.new_empty(64 * tickets.numel(), 128)
@@ -495,10 +499,10 @@ def backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right):
         describe(v, KEYS.value, tile.BLOCK_D), describe(do, tile.BLOCK_M, tile.BLOCK_D),
         describe_rows(stats, 1), describe_rows(sums, 64),
         describe(dk, KEYS.value, tile.BLOCK_D), describe(dv, KEYS.value, tile.BLOCK_D), tickets, scale * LOG2E,
-        tiles, B * Hk, max(1, min(B * Hk, section)), Hk, H // Hk, triton.cdiv(M, tile.BLOCK_M), M, N,
+        tiles, B * Hk, max(1, min(B * Hk, section)), Hk, H // Hk, triton.cdiv(M, tile.BLOCK_M), N,
         left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,
         BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages, DQ_STAGES=tile.SPAN,
-        REST=registers * 3 - 2 * tile.registers, num_warps=8, maxnreg=registers,
+        REST=registers * 3 - 2 * tile.registers, num_warps=tile.num_warps, maxnreg=registers,
     )
     finish(sums, dq, N, scale, left, right, tile.BLOCK_M)

@@ -8,22 +8,22 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton._C.libtriton import ir
-from triton.experimental.gluon.language._core import builtin
 
 # Triton 3.9 renamed these two
 load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_async = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
-@builtin
-def _add_async(tensor_desc, coord, src, _semantic=None):
-    """Add a tile in shared memory to one in memory: what Triton 3.8 calls async_atomic_add, and 3.6 has no name for."""
-    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+add_async = getattr(tma, "async_atomic_add", None)
+if add_async is None:  # Triton 3.6 has the instruction, but no name for it
+    from triton._C.libtriton import ir
+    from triton.experimental.gluon.language._core import builtin
 
-
-add_async = getattr(tma, "async_atomic_add", None) or _add_async
+    @builtin
+    def add_async(tensor_desc, coord, src, _semantic=None):
+        """Add a tile in shared memory to one in memory."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
 
 
 def readable(t):

@@ -19,6 +19,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     SPAN: int = 8  # tiles of keys that one program walks (scores, dscores): hides the load of q, fills the GPU evenly
+    # (fused backward hopper: places in shared memory for dQ)
     registers: int | None = None  # a thread has at most, where that is not left to the compiler
 
 
@@ -48,8 +49,8 @@ TILES = {
     ("fused hopper", "sm_90", 16, 64, True): Tile(128, 128, 64, 4, 4, registers=240),
     ("fused hopper", "sm_90, triton 3.9", 16, 64, None): Tile(128, 128, 64, 4, 4, registers=240),
     ("fused hopper", "sm_90", 16, 128, None): Tile(128, 128, 128, 4, 2, registers=240),
-    ("fused backward hopper", "sm_90", 16, 64, None): Tile(128, 128, 64, 4, 2, SPAN=2, registers=240),
-    ("fused backward hopper", "sm_90", 16, 128, None): Tile(64, 128, 128, 4, 3, SPAN=1, registers=240),
+    ("fused backward hopper", "sm_90", 16, 64, None): Tile(128, 128, 64, 8, 2, SPAN=2, registers=240),
+    ("fused backward hopper", "sm_90", 16, 128, None): Tile(64, 128, 128, 8, 3, SPAN=1, registers=240),
     ("fused dq", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.68
     ("fused dq", "sm_90", 16, 64, True): Tile(64, 64, 64, 4, 3, registers=168),
     ("fused dq, masked", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
