@@ -250,7 +250,7 @@ LANGUAGE = SimpleNamespace(
 )
 NAMES = {
     "gl": LANGUAGE, "fence_async_shared": nothing, "store_async": store_async, "add_async": add_async,
-    "_publish": publish, "_spin_until": spin_until, "_inline": lambda asm, x: int(x),
+    "_publish": publish, "_spin_until": spin_until, "inline": lambda asm, x: int(x), "opaque": int, "uniform": int,
     "tma": SimpleNamespace(store_wait=store_wait),
     "load_async": lambda desc, at, barrier, place: desc.load(at, barrier, place),
     "mbarrier": SimpleNamespace(

@@ -141,6 +141,17 @@ def test_benchmark_figures_need_the_json_alone(tmp_path):
     assert not benchmark_figures.redraw_heatmap(folder / "none.json", tmp_path / "none.png")
 
 
+@pytest.mark.parametrize("error,expected", [
+    (MemoryError("needs 256 GiB"), "out of memory: needs 256 GiB"),
+    (ImportError("No module named 'fa3'"), "not installed: No module named 'fa3'"),
+    (ValueError("first.\n Second. Third"), "ValueError: first"),
+    (RuntimeError("ptxas fatal : (C7602) Insufficient registers (128) to compile instruction at line 537"),
+     "RuntimeError: the tile does not fit: it needs more than 128 registers a thread"),
+], ids=str)
+def test_benchmark_reasons(error, expected):
+    assert benchmarking.reason(error) == expected
+
+
 def test_benchmark_saves_the_winning_tile(tmp_path):
     path = tmp_path / "tuned.py"
     shutil.copy(HERE / "triton_attention_tuned.py", path)

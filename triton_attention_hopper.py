@@ -40,6 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton_attention_fused import walk_one_by_one
 from triton_attention_launch import TRITON, launch, tile_for
 from triton_attention_logits import key_range
+from triton_attention_ptx import inline, opaque, uniform
 from triton_attention_tiles import head_ptr, store_tile
 from triton_attention_tma import describe, load_async, readable, store_async
 
@@ -47,11 +48,6 @@ LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # queries of a warpgroup
 SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
 FEWEST = 1  # tiles of 128 queries a multiprocessor; with fewer, the plain kernel splits the keys
-
-
-@gluon.jit
-def _inline(ASM: gl.constexpr, x):
-    return gl.inline_asm_elementwise(ASM, "=r,r", [gl.to_tensor(x)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 # ---- which tile of queries, which keys
@@ -88,7 +84,7 @@ def _hide(s, row, start_n, N, left, right, LEFT: gl.constexpr, RIGHT: gl.constex
     """Scores, -inf where a query does not see a key."""
     m = row + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout))
     n = gl.expand_dims(gl.arange(0, s.shape[1], gl.SliceLayout(0, layout)), 0)
-    start_n = _inline("mov.b32 $0, $1;", start_n)  # not hoisted: LLVM would keep the mask of the last keys in registers
+    start_n = opaque(start_n)
     last_n = m * 0 + (N - 1 - start_n)  # what there is to compute is computed a row
     if RIGHT:
         last_n = gl.minimum(last_n, m + (right - start_n))
@@ -143,7 +139,7 @@ def _announce(off_b, off_h, start_m, tickets, q_empty, turn, WARPGROUPS: gl.cons
     tickets.index(turn % 2 * 3).store(zero + off_b)
     tickets.index(turn % 2 * 3 + 1).store(zero + off_h)
     tickets.index(turn % 2 * 3 + 2).store(zero + start_m)
-    _inline("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", 0)
+    inline("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", 0)
 
 
 @gluon.jit
@@ -197,8 +193,7 @@ def _next_tile(tickets, q_full, turn, WARPGROUPS: gl.constexpr, WARPGROUP: gl.co
 
 @gluon.jit
 def _read(ticket):
-    number = gl.max(ticket.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-    return _inline("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", number)  # tells ptxas that all lanes have the same
+    return uniform(gl.max(ticket.load(gl.BlockedLayout([1], [32], [4], [0])), 0))
 
 
 @gluon.jit

@@ -43,6 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_attention_launch import launch, tile_for
 from triton_attention_logits import store_pair
+from triton_attention_ptx import opaque, uniform
 from triton_attention_tiles import head_ptr, load_tile, store_tile
 from triton_attention_tma import add_async, describe, describe_rows, load_async, readable, store_async
 
@@ -51,11 +52,6 @@ KEYS = gl.constexpr(128)  # of a program
 SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
 FEWEST = 1  # programs a multiprocessor; with fewer, the plain kernels take more and smaller tiles
 L2 = 32 << 20  # bytes: heads whose queries, and what belongs to them, fit there are worked on together
-
-
-@gluon.jit
-def _inline(ASM: gl.constexpr, x):
-    return gl.inline_asm_elementwise(ASM, "=r,r", [gl.to_tensor(x)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 # ---- which keys, which queries, whose turn
@@ -211,16 +207,10 @@ def _make_finite(buf, layout: gl.constexpr):
 
 
 @gluon.jit
-def _uniform(x):
-    """x, of which ptxas learns that all lanes have the same."""
-    return _inline("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", x)
-
-
-@gluon.jit
 def _hide(s, after_n, at_left, at_right, LEFT: gl.constexpr, RIGHT: gl.constexpr, layout: gl.constexpr):
     """S^T, -inf where a query does not see a key."""
     n = gl.arange(0, s.shape[0], gl.SliceLayout(1, layout))
-    exists = n < _inline("mov.b32 $0, $1;", after_n)  # not hoisted: LLVM would keep what follows in registers
+    exists = n < opaque(after_n)
     m = gl.expand_dims(gl.arange(0, s.shape[1], gl.SliceLayout(0, layout)), 0)
     if RIGHT:  # what there is to compute is computed a row, and compared with a constant
         s = gl.where(gl.expand_dims(gl.where(exists, n + at_right, 1 << 30), 1) <= m, s, float("-inf"))
@@ -265,9 +255,9 @@ def _multiply(
     tile_n, head = _place(work)
     first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
     start_n = tile_n * KEYS
-    first_m, end_m = _uniform(first * BLOCK_M), _uniform((first + count) * BLOCK_M)
-    steps = _uniform(GROUP * count)
-    after_n, at_left, at_right = _uniform(N - start_n), _uniform(start_n - left), _uniform(start_n - right)
+    first_m, end_m = uniform(first * BLOCK_M), uniform((first + count) * BLOCK_M)
+    steps = uniform(GROUP * count)
+    after_n, at_left, at_right = uniform(N - start_n), uniform(start_n - left), uniform(start_n - right)
     start_m = first_m
     k = k_buf.reshape([KEYS, BLOCK_D])
     v = v_buf.reshape([KEYS, BLOCK_D])
