@@ -101,9 +101,12 @@ def usage(kernel):
     return tuple(int(re.search(rf"\.{f}:\s*(\d+)", text).group(1)) for f in ("vgpr_count", "vgpr_spill_count"))
 
 
-def softmax_beneath(kernel):
-    """Whether in the innermost loops of a Hopper kernel three quarters of the exponentials at least are computed while
-    a product is in flight. (ptxas may move the wait for it up: right results, a third slower.)"""
+BENEATH = {"_forward_kernel": 0.45, "_backward_kernel": 0.75}  # of the exponentials of a Hopper kernel, at least
+
+
+def share_beneath(kernel):
+    """How many of the exponentials in the innermost loops of a Hopper kernel are computed while a product is in flight.
+    (ptxas may move the wait for it up: right results, a third slower.)"""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", cuobjdump(kernel.asm["cubin"], "--dump-sass"))
     code = [(int(address, 16), text) for address, text in found]
     shares = []
@@ -118,7 +121,7 @@ def softmax_beneath(kernel):
                 elif "MUFU.EX2" in t:
                     beneath.append(in_flight)
             shares += [sum(beneath) / len(beneath)] if beneath else []
-    return bool(shares) and min(shares) >= 0.75
+    return min(shares, default=0.0)
 
 
 def fused_launches(dtype, D, quick):
@@ -160,8 +163,12 @@ def launches(architecture, quick=False):
             lse = torch.zeros(1, 2, 256)
             kinds = (("full", None, None), ("causal", None, 0), ("window", -64, 0))
             kinds = kinds[: 2 if quick else 3]
-            for kind, left, right in kinds[: 2 if triton_attention_launch.TRITON >= (3, 9) and D > 64 else 3]:
+            for kind, left, right in kinds:
                 yield f"fused on Hopper bfloat16 D{D} {kind}", forward, (q, q, q, q, lse, 0.125, left, right, 132)
+            if D == 64:
+                long = q.repeat(1, 1, 16, 1)
+                arguments = (long, long, long, long, lse.repeat(1, 1, 16), 0.125, None, 0, 132)
+                yield f"fused on Hopper bfloat16 D{D} causal, long", forward, arguments
             for kind, left, right in kinds:
                 arguments = (q, None, q, q, q, q, lse, lse[..., None].repeat(1, 1, 1, 4), q, q, q, 0.125, left, right)
                 yield f"fused backward on Hopper bfloat16 D{D} {kind}", backward, arguments
@@ -205,8 +212,10 @@ def rows(name, quick):
             shared = kernel.metadata.shared / 1024
             problems = [f"{spills} spills"] if spills else []
             problems += [f"shared memory over {SHARED_KIB[name]} KiB"] if shared > SHARED_KIB[name] else []
-            if name_of_kernel in ("_forward_kernel", "_backward_kernel") and not softmax_beneath(kernel):
+            if name_of_kernel in BENEATH and share_beneath(kernel) < BENEATH[name_of_kernel]:
                 problems.append("the exponentials are not beneath a product")
+            if name_of_kernel in BENEATH and re.search(r"\bbar\.\w+\s+([89]|\d\d),", kernel.asm["ptx"]):
+                problems.append("Triton takes a named barrier that the kernel uses")
             row = (label + PARTS.get(name_of_kernel, ""), registers, spills, shared, ", ".join(problems))
             out += [row] if row not in out else []
     return out

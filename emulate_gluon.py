@@ -130,9 +130,9 @@ class Product:
 
 
 class Program(threading.local):
-    """Who a thread is, and its stores in flight."""
+    """Who a thread is, how many threads of the GPU it stands for, the named barriers they use, its stores in flight."""
 
-    number, size, stores, landing = 0, 1, (), ()
+    number, size, threads, named, stores, landing = 0, 1, 0, None, (), ()
 
 
 here = Program()
@@ -190,12 +190,41 @@ def atomic_add(ptr, value, sem):
         return int(ptr.data[ptr.offset]) - value
 
 
-def together(jobs):
-    """Run (program number, function, arguments) each in a thread of its own; raise the first error."""
+class NamedBarriers(dict):
+    """The named barriers of a program, each made when it is first used."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __missing__(self, at):
+        self[at] = Barrier()
+        self[at].init(at[1])
+        return self[at]
+
+    def come(self, at):
+        with self.lock:
+            barrier = self[at]
+        phase = barrier.phase  # which cannot end without this thread
+        barrier.update(arrivals=here.threads)
+        return barrier, phase
+
+
+def arrive_at(number, threads):
+    here.named.come((number, threads))
+
+
+def meet_at(number, threads):
+    barrier, phase = here.named.come((number, threads))
+    barrier.wait(phase & 1)
+
+
+def together(jobs, named=None):
+    """Run (program number, function, arguments, threads of the GPU) each in a thread; raise the first error."""
     errors, size = [], here.size
 
-    def work(number, function, args):
+    def work(number, function, args, threads=0):
         here.number, here.size, here.stores, here.landing = number, size, (), ()
+        here.threads, here.named = threads, named
         try:
             function(*args)
             land()
@@ -212,7 +241,9 @@ def together(jobs):
 
 
 def warp_specialize(partitions, warps, registers):
-    together([(here.number, function, args) for function, args in partitions])
+    threads = [128] + [32 * count for count in warps]  # the first partition has the warps of the launch
+    jobs = zip(partitions, threads, strict=True)
+    together([(here.number, function, args, count) for (function, args), count in jobs], NamedBarriers())
 
 
 def allocate(dtype, shape, layout):
@@ -243,7 +274,8 @@ LANGUAGE = SimpleNamespace(
     full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     arange=lambda start, end, layout: torch.arange(start, end), expand_dims=lambda x, axis: x.unsqueeze(axis),
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log=torch.log, abs=torch.abs,
-    reshape=torch.reshape, permute=torch.permute, broadcast=torch.broadcast_tensors,
+    reshape=torch.reshape, permute=torch.permute, split=lambda x: x.unbind(-1),
+    join=lambda a, b: torch.stack((a, b), -1), broadcast=torch.broadcast_tensors,
     convert_layout=lambda x, layout: x, store=store, atomic_add=atomic_add, warp_specialize=warp_specialize,
     allocate_shared_memory=allocate, NVMMADistributedLayout=nothing, NVMMASharedLayout=nothing,
     DotOperandLayout=nothing, SliceLayout=nothing, BlockedLayout=nothing, SwizzledSharedLayout=nothing,
@@ -251,6 +283,7 @@ LANGUAGE = SimpleNamespace(
 NAMES = {
     "gl": LANGUAGE, "fence_async_shared": nothing, "store_async": store_async, "add_async": add_async,
     "_publish": publish, "_spin_until": spin_until, "inline": lambda asm, x: int(x), "opaque": int, "uniform": int,
+    "arrive_at": arrive_at, "meet_at": meet_at, "both_first": lambda x: x, "_along": lambda x, matrix: x,
     "tma": SimpleNamespace(store_wait=store_wait),
     "load_async": lambda desc, at, barrier, place: desc.load(at, barrier, place),
     "mbarrier": SimpleNamespace(

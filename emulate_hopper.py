@@ -88,8 +88,8 @@ def check(source=None, back=False, **options):
 
 
 CASES = [
-    {}, {"right": 0}, {"right": 100}, {"right": -70, "stages": 3}, {"left": -60, "right": 10, "block_m": 192},
-    {"left": 30}, {"right": -200, "stages": 3}, {"block_m": 192, "programs": 1}, {"left": 90, "right": 20},
+    {}, {"right": 0}, {"right": 0, "block_m": 192}, {"right": 100}, {"right": -70, "stages": 3},
+    {"left": -60, "right": 10, "block_m": 192}, {"left": 30}, {"right": -200, "stages": 3}, {"block_m": 192, "programs": 1}, {"left": 90, "right": 20},
     {"back": True}, {"back": True, "right": 0}, {"back": True, "right": 100, "stages": 3, "dq_stages": 2},
     {"back": True, "left": -60, "right": 10, "block_m": 64}, {"back": True, "left": 30},
     {"back": True, "right": -200, "section": 2}, {"back": True, "block_m": 64},
@@ -100,17 +100,17 @@ _BANDED, _FULL = {"left": -60, "right": 10, "block_m": 192}, {"programs": 1}
 _SHORT = {"right": -200, "stages": 3, "programs": 1}  # a tile of keys for each of queries
 BUGS = {  # name: (what is there, what a tired author writes, a case that shows it)
     "K released before it was read": (
-        "s = warpgroup_mma_wait(1, [s_token])\n            _release(k_empty, count, STAGES)",
-        "_release(k_empty, count, STAGES)\n            s = warpgroup_mma_wait(1, [s_token])", _FULL,
+        "s = warpgroup_mma_wait(1, [s_token])\n            _release(count, K_FREE, STAGES, WARPGROUPS)",
+        "_release(count, K_FREE, STAGES, WARPGROUPS)\n            s = warpgroup_mma_wait(1, [s_token])", _FULL,
     ),
     "V released while P V is in flight": (
-        "            acc = warpgroup_mma_wait(0, [o_token])\n            _release(v_empty, count - 2, STAGES)",
-        "            _release(v_empty, count - 2, STAGES)\n            acc = warpgroup_mma_wait(0, [o_token])", _FULL,
+        "acc = warpgroup_mma_wait(0, [o_token])\n            _release(count - 2, V_FREE, STAGES, WARPGROUPS)",
+        "_release(count - 2, V_FREE, STAGES, WARPGROUPS)\n            acc = warpgroup_mma_wait(0, [o_token])", _FULL,
     ),
     "V not waited for": ("            _await(v_full, count - 1, STAGES)\n", "", _FULL),
     "K not waited for": ("_await(k_full, count, STAGES, step < own_last - own_first)", "pass", _FULL),
     "tiles that none sees not released": (
-        "            count = _skip(last - own_last, count, k_full, k_empty, v_full, v_empty, STAGES)\n", "", _BANDED,
+        "            count = _skip(last - own_last, count, k_full, v_full, STAGES, WARPGROUPS)\n", "", _BANDED,
     ),
     "O overwritten while it is stored": ("        tma.store_wait(0)  # the tile before has left o_buf\n", "", _FULL),
     "the next Q loaded too early": (
@@ -118,8 +118,10 @@ BUGS = {  # name: (what is there, what a tired author writes, a case that shows 
     ),
     "the phase of every second Q": ("turn // 2 & 1)\n    place", "turn & 1)\n    place", _FULL),
     "no end announced": ("mbarrier.arrive(q_full.index(turn % 2 * WARPGROUPS + w), count=1)", "pass", _FULL),
+    "K overwritten": ("    meet_at(FREE + slot, 128 * WARPGROUPS + 32)\n", "", _FULL),
+    "K and V free from the start, but not said so": ("        _release(slot, V_FREE, STAGES, WARPGROUPS)\n", "", _FULL),
     "the last V kept": (
-        "        _release(v_empty, count - 1, STAGES)\n        if BANDED", "        if BANDED", _FULL,
+        "        _release(count - 1, V_FREE, STAGES, WARPGROUPS)\n        if BANDED", "        if BANDED", _FULL,
     ),
     "Q released while dK is in flight": (
         "dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])\n        mbarrier.arrive(empty.index(slot), count=1)",

@@ -160,9 +160,10 @@ def test_hopper_repair(left, right):
 
 
 @pytest.mark.skipif(hopper("triton_attention_hopper") is None, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("D,Dv", [(64, 64), (128, 128), (40, 64), (96, 8)])
-def test_gpu_fused_hopper(D, Dv, monkeypatch):
+@pytest.mark.parametrize("D,Dv,long", [(64, 64, 4096), (64, 64, 0), (128, 128, 4096), (40, 64, 4096), (96, 8, 4096)])
+def test_gpu_fused_hopper(D, Dv, long, monkeypatch):
     used = []
+    monkeypatch.setattr(hopper("triton_attention_hopper"), "LONG", long)
     for name in ("forward", "backward"):
         kernels = hopper("triton_attention_hopper" + ("_backward" if name == "backward" else ""))
         monkeypatch.setattr(kernels, "SMALLEST", 0)
@@ -227,7 +228,8 @@ def test_gpu_fused_hopper_gradients(D, monkeypatch):
     with torch.no_grad():
         k[:, :, 900], v[:, :, 800] = NAN, INF
     hidden, = torch.autograd.grad(attention_fused(q, k, v, is_causal=True)[:, :, :800].sum(), q)
-    assert torch.equal(clean[:, :, :800], hidden[:, :, :800]) and used
+    torch.testing.assert_close(hidden[:, :, :800], clean[:, :, :800], rtol=1e-2, atol=1e-2)  # from another O
+    assert used
 
 
 @GPU

@@ -222,7 +222,7 @@ def fused_op(
     plain = mask is None and sinks is None and seed is None and softcap == 0.0 and block_m is None and block_n is None
     if plain and k.shape[2] > 0 and not must_dispatch((q, k, v)):  # torch.compile gets the plain kernel
         kernels = hopper("triton_attention_hopper")
-        if kernels and kernels.applies(q, k, v, o, scale, left, processors(q.device)):
+        if kernels and kernels.applies(q, k, v, o, scale, processors(q.device)):
             kernels.forward(q, k, v, o, lse, scale, left, right, processors(q.device))
             return outputs
     if q.shape[2] == 1 and k.shape[1] > 0 and seed is None:

@@ -38,14 +38,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention_fused import walk_one_by_one
-from triton_attention_launch import TRITON, launch, tile_for
+from triton_attention_launch import launch, tile_for
 from triton_attention_logits import key_range
-from triton_attention_ptx import inline, opaque, uniform
+from triton_attention_ptx import arrive_at, both_first, inline, meet_at, opaque, uniform
 from triton_attention_tiles import head_ptr, store_tile
 from triton_attention_tma import describe, load_async, readable, store_async
 
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # queries of a warpgroup
+K_FREE, V_FREE = gl.constexpr(8), gl.constexpr(12)  # the first of four named barriers; those below are Triton's
+LONG = 4096  # keys from which three warpgroups are worth longer tiles, for causal attention with D up to 64
 SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
 FEWEST = 1  # tiles of 128 queries a multiprocessor; with fewer, the plain kernel splits the keys
 
@@ -84,23 +86,27 @@ def _hide(s, row, start_n, N, left, right, LEFT: gl.constexpr, RIGHT: gl.constex
     """Scores, -inf where a query does not see a key."""
     m = row + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout))
     n = gl.expand_dims(gl.arange(0, s.shape[1], gl.SliceLayout(0, layout)), 0)
+    own, n = n & 6, n & ~6  # what differs from thread to thread, and what the compilers take for constants
     start_n = opaque(start_n)
     last_n = m * 0 + (N - 1 - start_n)  # what there is to compute is computed a row
     if RIGHT:
         last_n = gl.minimum(last_n, m + (right - start_n))
-    keep = n <= gl.expand_dims(last_n, 1)
+    keep = n <= gl.expand_dims(last_n, 1) - own
     if LEFT:
-        keep = keep & (n >= gl.expand_dims(m + (left - start_n), 1))
+        keep = keep & (n >= gl.expand_dims(m + (left - start_n), 1) - own)
     return gl.where(keep, s, float("-inf"))
 
 
-# ---- rings: slot `count % STAGES` of shared memory, its barriers full and empty, in the phase of count // STAGES
+# ---- rings: slot `count % STAGES` of shared memory; its barrier `full`, in the phase of count // STAGES; and a named
+# barrier of the hardware, at which the warpgroups say that it is free, without waiting for each other
 
 
 @gluon.jit
-def _put(desc, off_b, off_h, start, bufs, full, empty, count, STAGES: gl.constexpr):
+def _put(
+    desc, off_b, off_h, start, bufs, full, count, FREE: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr
+):
     slot = count % STAGES
-    mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
+    meet_at(FREE + slot, 128 * WARPGROUPS + 32)
     mbarrier.expect(full.index(slot), desc.block_type.nbytes)
     load_async(desc, [off_b, off_h, start, 0], full.index(slot), bufs.index(slot))
 
@@ -111,18 +117,18 @@ def _await(full, count, STAGES: gl.constexpr, wanted=True):
 
 
 @gluon.jit
-def _release(empty, count, STAGES: gl.constexpr):
-    mbarrier.arrive(empty.index(count % STAGES), count=1)
+def _release(count, FREE: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr):
+    arrive_at(FREE + count % STAGES, 128 * WARPGROUPS + 32)
 
 
 @gluon.jit
-def _skip(tiles, count, k_full, k_empty, v_full, v_empty, STAGES: gl.constexpr):
+def _skip(tiles, count, k_full, v_full, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr):
     """Release K and V of some tiles unread."""
     for _ in range(tiles):
         _await(k_full, count, STAGES)
-        _release(k_empty, count, STAGES)
+        _release(count, K_FREE, STAGES, WARPGROUPS)
         _await(v_full, count, STAGES)
-        _release(v_empty, count, STAGES)
+        _release(count, V_FREE, STAGES, WARPGROUPS)
         count += 1
     return count
 
@@ -147,7 +153,7 @@ def _fetch(
     q_desc, k_desc, v_desc, counter_ptr, rings, work,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
-    q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets = rings
+    q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, v_full, tickets = rings
     items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     count = gl.to_tensor(0)
@@ -164,14 +170,14 @@ def _fetch(
             slot = turn % 2 * WARPGROUPS + w
             mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
             load_async(q_desc, [off_b, off_h, start_m + ROWS * w, 0], q_full.index(slot), q_bufs.index(slot))
-        _put(k_desc, off_b, off_h // GROUP, last * BLOCK_N, k_bufs, k_full, k_empty, count, STAGES)
+        _put(k_desc, off_b, off_h // GROUP, last * BLOCK_N, k_bufs, k_full, count, K_FREE, STAGES, WARPGROUPS)
+        next_b, next_h, next_m = _place(following, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
         for step in range(1, last - first + 1):
             tile = last - step
-            _put(k_desc, off_b, off_h // GROUP, tile * BLOCK_N, k_bufs, k_full, k_empty, count + 1, STAGES)
-            _put(v_desc, off_b, off_h // GROUP, (tile + 1) * BLOCK_N, v_bufs, v_full, v_empty, count, STAGES)
+            _put(k_desc, off_b, off_h // GROUP, tile * BLOCK_N, k_bufs, k_full, count + 1, K_FREE, STAGES, WARPGROUPS)
+            _put(v_desc, off_b, off_h // GROUP, (tile + 1) * BLOCK_N, v_bufs, v_full, count, V_FREE, STAGES, WARPGROUPS)
             count += 1
-        next_b, next_h, next_m = _place(following, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
-        _put(v_desc, off_b, off_h // GROUP, first * BLOCK_N, v_bufs, v_full, v_empty, count, STAGES)
+        _put(v_desc, off_b, off_h // GROUP, first * BLOCK_N, v_bufs, v_full, count, V_FREE, STAGES, WARPGROUPS)
         count += 1
         turn += 1
         item, off_b, off_h, start_m = following, next_b, next_h, next_m
@@ -197,12 +203,49 @@ def _read(ticket):
 
 
 @gluon.jit
-def _softmax(s, m_i, scale, BANDED: gl.constexpr):
-    """(p, alpha, new maximum) of a tile of scores, base 2."""
-    m_new = gl.maximum(m_i, gl.max(s, 1) * scale)
-    top = gl.where(m_new == float("-inf"), 0.0, m_new) if BANDED else m_new  # of a row that has seen no key yet
-    p = gl.exp2(s * scale - gl.expand_dims(top, 1))
-    return p, gl.exp2(m_i - top), m_new
+def _halves(x, layout: gl.constexpr):
+    """The first and the second half of the columns: a thread has columns of both."""
+    one, two = gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
+    return gl.convert_layout(one, layout), gl.convert_layout(two, layout)
+
+
+@gluon.jit
+def _whole(one, two):
+    return gl.reshape(gl.permute(gl.join(one, two), [0, 2, 1]), [one.shape[0], 2 * one.shape[1]])
+
+
+@gluon.jit
+def _maximum(s_1, s_2, m_i, scale, layout: gl.constexpr):
+    """The maximum of a row of scores so far, base 2."""
+    x = gl.maximum(s_1, s_2)
+    for _ in gl.static_range(3):  # by halves: no long chain of instructions that wait for each other
+        x = gl.max(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), 1)
+    return both_first(gl.maximum(m_i, gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, layout)) * scale))
+
+
+@gluon.jit
+def _exponentials(s, m_i, scale, BANDED: gl.constexpr):
+    top = gl.where(m_i == float("-inf"), 0.0, m_i) if BANDED else m_i  # of a row that has seen no key yet
+    return gl.exp2(s * scale - gl.expand_dims(top, 1))
+
+
+@gluon.jit
+def _along(x, matrix):
+    """x, a number for each row, in the threads that have these rows of a matrix."""
+    return gl.convert_layout(x, gl.SliceLayout(1, matrix.type.layout))
+
+
+@gluon.jit
+def _sums(p):
+    """A row's sum over the columns of each of the four threads that share it: added up at the end."""
+    return gl.sum(gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _second(s_2, p_1, l_i, alpha, m_i, scale, BANDED: gl.constexpr):
+    """(P of the second half, l)"""
+    p_2 = _exponentials(s_2, m_i, scale, BANDED)
+    return p_2, l_i * gl.expand_dims(_along(alpha, l_i), 1) + _sums(p_1 + p_2)
 
 
 @gluon.jit
@@ -213,16 +256,21 @@ def _attend(
 ):
     """One warpgroup: 64 queries of every tile."""
     o_desc, o_bufs, lse_ptr, poisoned_ptr, scale = out
-    q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets = rings
+    q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, v_full, tickets = rings
     items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     BANDED: gl.constexpr = LEFT or RIGHT
     dtype: gl.constexpr = q_bufs.dtype
+    SPARE: gl.constexpr = WARPGROUPS == 2  # registers
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
+    half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N // 2, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, k_width=2)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     o_buf = o_bufs.index(WARPGROUP)
+    for slot in gl.static_range(STAGES):
+        _release(slot, K_FREE, STAGES, WARPGROUPS)
+        _release(slot, V_FREE, STAGES, WARPGROUPS)
     count = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     off_b, off_h, start_m = _next_tile(tickets, q_full, turn, WARPGROUPS, WARPGROUP)
@@ -234,18 +282,20 @@ def _attend(
         if BANDED:
             own_first, own_last = _key_tiles(row, N, left, right, LEFT, RIGHT, ROWS, BLOCK_N)
             own_first, own_last = gl.maximum(own_first, first), gl.maximum(own_last, first)
-            count = _skip(last - own_last, count, k_full, k_empty, v_full, v_empty, STAGES)
+            count = _skip(last - own_last, count, k_full, v_full, STAGES, WARPGROUPS)
 
         _await(k_full, count, STAGES)
         k_t = k_bufs.index(count % STAGES).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
         s = warpgroup_mma_wait(0, [warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)])
-        _release(k_empty, count, STAGES)
+        _release(count, K_FREE, STAGES, WARPGROUPS)
         if BANDED or (own_last + 1) * BLOCK_N > N:
             s = _hide(s, row, own_last * BLOCK_N, N, left, right, LEFT, RIGHT, s_layout)
-        m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-        p, alpha, m_i = _softmax(s, m_i, scale, BANDED)
-        l_i = gl.sum(p, 1)
-        p_16 = gl.convert_layout(p.to(dtype), p_layout)
+        s_1, s_2 = _halves(s, half)
+        m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, half))
+        m_i = _maximum(s_1, s_2, m_i, scale, half)
+        p_1, p_2 = _exponentials(s_1, m_i, scale, BANDED), _exponentials(s_2, m_i, scale, BANDED)
+        l_i = _sums(p_1 + p_2)
+        p_16 = gl.convert_layout(_whole(p_1.to(dtype), p_2.to(dtype)), p_layout)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
         count += 1
         _await(k_full, count, STAGES, own_first < own_last)
@@ -257,7 +307,7 @@ def _attend(
             v = v_bufs.index((count - 1) % STAGES).reshape([BLOCK_N, BLOCK_D])
             o_token = warpgroup_mma(p_16, v, acc, is_async=True)
             s = warpgroup_mma_wait(1, [s_token])
-            _release(k_empty, count, STAGES)
+            _release(count, K_FREE, STAGES, WARPGROUPS)
             if BANDED:
                 start_n = (own_last - step) * BLOCK_N
                 edge = gl.to_tensor(False)
@@ -267,31 +317,38 @@ def _attend(
                     edge = edge | (start_n < row + (ROWS - 1) + left)
                 if edge:
                     s = _hide(s, row, start_n, N, left, right, LEFT, RIGHT, s_layout)
-            p, alpha, m_i = _softmax(s, m_i, scale, BANDED)
-            l_i = l_i * alpha + gl.sum(p, 1)
+            s_1, s_2 = _halves(s, half)
+            m_before, m_i = m_i, _maximum(s_1, s_2, m_i, scale, half)
+            alpha = gl.exp2(m_before - (gl.where(m_i == float("-inf"), 0.0, m_i) if BANDED else m_i))
+            p_1 = _exponentials(s_1, m_i, scale, BANDED)
+            if not SPARE:
+                p_2, l_i = _second(s_2, p_1, l_i, alpha, m_i, scale, BANDED)
             count += 1
             _await(k_full, count, STAGES, step < own_last - own_first)  # here: it keeps the next wait below the softmax
             acc = warpgroup_mma_wait(0, [o_token])
-            _release(v_empty, count - 2, STAGES)
+            _release(count - 2, V_FREE, STAGES, WARPGROUPS)
+            if SPARE:
+                p_2, l_i = _second(s_2, p_1, l_i, alpha, m_i, scale, BANDED)
             acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1)
-            p_16 = gl.convert_layout(p.to(dtype), p_layout)
+            p_16 = gl.convert_layout(_whole(p_1.to(dtype), p_2.to(dtype)), p_layout)
         mbarrier.arrive(q_empty.index(turn % 2 * WARPGROUPS + WARPGROUP), count=1)
 
         _await(v_full, count - 1, STAGES)
         v = v_bufs.index((count - 1) % STAGES).reshape([BLOCK_N, BLOCK_D])
         o_token = warpgroup_mma(p_16, v, acc, is_async=True)
-        rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+        rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, half))
+        l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, half))
         lse = m_i * LN2 + gl.log(l_i)
         gl.store(lse_ptr + (off_b * H + off_h).to(gl.int64) * M + rows, lse, mask=rows < M)
         inverse = 1.0 / gl.where(l_i == 0.0, 1.0, l_i)
         acc = warpgroup_mma_wait(0, [o_token])
-        _release(v_empty, count - 1, STAGES)
+        _release(count - 1, V_FREE, STAGES, WARPGROUPS)
         if BANDED:
-            count = _skip(own_first - first, count, k_full, k_empty, v_full, v_empty, STAGES)
+            count = _skip(own_first - first, count, k_full, v_full, STAGES, WARPGROUPS)
 
         acc = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, o_layout)), 1)
         if BANDED:
-            sums = gl.convert_layout(gl.sum(acc, 1), gl.SliceLayout(1, s_layout))
+            sums = gl.convert_layout(gl.sum(acc, 1), gl.SliceLayout(1, half))
             poisoned = ((sums != sums) & (l_i == l_i)).to(gl.int8)
             rows = (off_b * H + off_h).to(gl.int64) * (row_tiles * BLOCK_M) + rows
             gl.store(poisoned_ptr + rows, poisoned)
@@ -323,20 +380,16 @@ def _forward_kernel(
     q_full = gl.allocate_shared_memory(gl.int64, [2 * WARPGROUPS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2 * WARPGROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for w in gl.static_range(2 * WARPGROUPS):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(k_full.index(slot), count=1)
         mbarrier.init(v_full.index(slot), count=1)
-        mbarrier.init(k_empty.index(slot), count=WARPGROUPS)
-        mbarrier.init(v_empty.index(slot), count=WARPGROUPS)
     fence_async_shared()
 
-    rings = (q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, k_empty, v_full, v_empty, tickets)
+    rings = (q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, v_full, tickets)
     out = (o_desc, o_bufs, lse_ptr, poisoned_ptr, scale)
     work = (items, row_tiles, heads, section, H, GROUP, M, N, left, right)
     if WARPGROUPS == 2:
@@ -395,12 +448,11 @@ def _repair_kernel(
                     store_tile(o_head, (stride_om, stride_od), (M, DV), offs_m, tl.arange(0, BLOCK_DV), acc)
 
 
-def applies(q, k, v, o, scale, left, processors):
+def applies(q, k, v, o, scale, processors):
     """Whether the kernel takes these inputs, is worth its descriptors and fills the GPU; else the plain kernel runs."""
     (B, H, M, D), (N, DV) = q.shape, v.shape[2:]
     return (
         q.element_size() == 2 and 0 < D <= 128 and 0 < DV <= 128 and scale > 0.0 and M > 16
-        and not (TRITON >= (3, 9) and left is not None and max(D, DV) > 64)  # which its ptxas spills
         and 4 * B * H * M * N * D >= SMALLEST and B * H * triton.cdiv(M, 128) >= FEWEST * processors
         and all(readable(t) for t in (q, k, v, o))
     )
@@ -418,7 +470,8 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
     """Fill o and lse, see fused_op in triton_attention_fused.py; for what applies()."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
     banded = left is not None or right is not None
-    tile = tile_for("fused hopper", q.dtype, max(D, DV), banded)
+    long = left is None and N >= LONG
+    tile = tile_for("fused hopper, long" if long else "fused hopper", q.dtype, max(D, DV), banded)
     row_tiles, warpgroups = triton.cdiv(M, tile.BLOCK_M), tile.BLOCK_M // ROWS.value
     items = B * H * row_tiles
     registers = (1 << 16) // (128 * (warpgroups + 1)) // 8 * 8  # of a thread, before they are dealt out
