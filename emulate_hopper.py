@@ -89,7 +89,8 @@ def check(source=None, back=False, **options):
 
 CASES = [
     {}, {"right": 0}, {"right": 0, "block_m": 192}, {"right": 100}, {"right": -70, "stages": 3},
-    {"left": -60, "right": 10, "block_m": 192}, {"left": 30}, {"right": -200, "stages": 3}, {"block_m": 192, "programs": 1}, {"left": 90, "right": 20},
+    {"left": -60, "right": 10, "block_m": 192}, {"left": 30}, {"right": -200, "stages": 3},
+    {"block_m": 192, "programs": 1}, {"left": 90, "right": 20},
     {"back": True}, {"back": True, "right": 0}, {"back": True, "right": 100, "stages": 3, "dq_stages": 2},
     {"back": True, "left": -60, "right": 10, "block_m": 64}, {"back": True, "left": 30},
     {"back": True, "right": -200, "section": 2}, {"back": True, "block_m": 64},
