@@ -101,12 +101,9 @@ def usage(kernel):
     return tuple(int(re.search(rf"\.{f}:\s*(\d+)", text).group(1)) for f in ("vgpr_count", "vgpr_spill_count"))
 
 
-BENEATH = {"_forward_kernel": 0.45, "_backward_kernel": 0.75}  # of the exponentials of a Hopper kernel, at least
-
-
-def share_beneath(kernel):
-    """How many of the exponentials in the innermost loops of a Hopper kernel are computed while a product is in flight.
-    (ptxas may move the wait for it up: right results, a third slower.)"""
+def softmax_beneath(kernel):
+    """Whether in the innermost loops of a Hopper kernel three quarters of the exponentials at least are computed while
+    a product is in flight. (ptxas may move the wait for it up: right results, a third slower.)"""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", cuobjdump(kernel.asm["cubin"], "--dump-sass"))
     code = [(int(address, 16), text) for address, text in found]
     shares = []
@@ -121,7 +118,7 @@ def share_beneath(kernel):
                 elif "MUFU.EX2" in t:
                     beneath.append(in_flight)
             shares += [sum(beneath) / len(beneath)] if beneath else []
-    return min(shares, default=0.0)
+    return bool(shares) and min(shares) >= 0.75
 
 
 def fused_launches(dtype, D, quick):
@@ -212,10 +209,10 @@ def rows(name, quick):
             shared = kernel.metadata.shared / 1024
             problems = [f"{spills} spills"] if spills else []
             problems += [f"shared memory over {SHARED_KIB[name]} KiB"] if shared > SHARED_KIB[name] else []
-            if name_of_kernel in BENEATH and share_beneath(kernel) < BENEATH[name_of_kernel]:
+            if name_of_kernel in ("_forward_kernel", "_backward_kernel") and not softmax_beneath(kernel):
                 problems.append("the exponentials are not beneath a product")
-            if name_of_kernel in BENEATH and re.search(r"\bbar\.\w+\s+([89]|\d\d),", kernel.asm["ptx"]):
-                problems.append("Triton takes a named barrier that the kernel uses")
+            if name_of_kernel == "_forward_kernel" and re.search(r"\bbar\.\w+\s+([89]|\d\d),", kernel.asm["ptx"]):
+                problems.append("Triton has taken a named barrier of the kernel's own")
             row = (label + PARTS.get(name_of_kernel, ""), registers, spills, shared, ", ".join(problems))
             out += [row] if row not in out else []
     return out

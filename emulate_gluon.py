@@ -274,8 +274,7 @@ LANGUAGE = SimpleNamespace(
     full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     arange=lambda start, end, layout: torch.arange(start, end), expand_dims=lambda x, axis: x.unsqueeze(axis),
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log=torch.log, abs=torch.abs,
-    reshape=torch.reshape, permute=torch.permute, split=lambda x: x.unbind(-1),
-    join=lambda a, b: torch.stack((a, b), -1), broadcast=torch.broadcast_tensors,
+    reshape=torch.reshape, permute=torch.permute, broadcast=torch.broadcast_tensors,
     convert_layout=lambda x, layout: x, store=store, atomic_add=atomic_add, warp_specialize=warp_specialize,
     allocate_shared_memory=allocate, NVMMADistributedLayout=nothing, NVMMASharedLayout=nothing,
     DotOperandLayout=nothing, SliceLayout=nothing, BlockedLayout=nothing, SwizzledSharedLayout=nothing,
@@ -283,7 +282,7 @@ LANGUAGE = SimpleNamespace(
 NAMES = {
     "gl": LANGUAGE, "fence_async_shared": nothing, "store_async": store_async, "add_async": add_async,
     "_publish": publish, "_spin_until": spin_until, "inline": lambda asm, x: int(x), "opaque": int, "uniform": int,
-    "arrive_at": arrive_at, "meet_at": meet_at, "both_first": lambda x: x, "_along": lambda x, matrix: x,
+    "arrive_at": arrive_at, "meet_at": meet_at, "both_first": lambda x: x, "_along": lambda x, sums: x.unsqueeze(1),
     "tma": SimpleNamespace(store_wait=store_wait),
     "load_async": lambda desc, at, barrier, place: desc.load(at, barrier, place),
     "mbarrier": SimpleNamespace(

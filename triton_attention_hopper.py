@@ -17,10 +17,18 @@ Where the speed is from: wgmma stays in flight under the softmax only because th
 exponentials and the wait for P V; without it ptxas moves the latter up. A branch around the mask, not a second loop,
 which would spill. 240 registers a thread of two warpgroups, or 160 of three, and few for the warp that fetches; that
 warp does the divisions that say which tile is next, and asks for its number a tile ahead. Causal heads are worked on in
-sections, of two tiles a multiprocessor, so that K and V stay in L2: at S 512, D 128 254 -> 300 TFLOP/s. What gained
-nothing: S of the next tile beneath the last P V of this one, as the other warpgroup is there to fill that gap; turns
-that are dealt out in advance (8 % slower at S 8192). On an H100, bfloat16, [4, 16, 4096, 128]: 445 -> 660 to 690
-TFLOP/s, causal 407 -> 580 to 600.
+sections, of two tiles a multiprocessor, so that K and V stay in L2: at S 512, D 128 254 -> 300 TFLOP/s.
+
+In the softmax, by cycles that a profiler counted (S 8192): the two maxima that a thread needs are computed by halves,
+and both before the first exponential, else ptxas, short of registers, does one row after the other (D 64 12 %); sums of
+rows are added up across threads at the end (2 %); the mask compares with constants, which frees registers enough for
+three warpgroups in long causal attention too (D 64 11 %). A ring's place is released at a named barrier, where a warp
+says so and goes on; before it arrives at an mbarrier, Triton makes it wait for its warpgroup (1 to 4 %).
+
+What gained nothing: turns at the tensor cores, one warpgroup after the other (-1 to 2 %); S of the next tile beneath
+the last P V of this one, as the other warpgroup is there to fill that gap; the second half of the exponentials beneath
+the scaling of O (3 % fewer cycles at D 128, but the chip, at the limit of its power, lowers the clock: 2 % slower); Q
+in registers (1 % at D 128, spills with ptxas 13); turns that are dealt out in advance (8 % slower at S 8192).
 
 Shah et al., "FlashAttention-3", 2024, for warp specialisation and the order of the two products. Gluon
 (triton.experimental.gluon) is Triton's lower-level language: layouts, barriers and copies are explicit.
@@ -203,36 +211,15 @@ def _read(ticket):
 
 
 @gluon.jit
-def _halves(x, layout: gl.constexpr):
-    """The first and the second half of the columns: a thread has columns of both."""
-    one, two = gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
-    return gl.convert_layout(one, layout), gl.convert_layout(two, layout)
-
-
-@gluon.jit
-def _whole(one, two):
-    return gl.reshape(gl.permute(gl.join(one, two), [0, 2, 1]), [one.shape[0], 2 * one.shape[1]])
-
-
-@gluon.jit
-def _maximum(s_1, s_2, m_i, scale, layout: gl.constexpr):
-    """The maximum of a row of scores so far, base 2."""
-    x = gl.maximum(s_1, s_2)
-    for _ in gl.static_range(3):  # by halves: no long chain of instructions that wait for each other
+def _softmax(s, m_i, scale, BANDED: gl.constexpr, layout: gl.constexpr):
+    """(p, alpha, new maximum) of a tile of scores, base 2."""
+    x = s
+    for _ in gl.static_range(4):  # by halves: no long chain of instructions that wait for each other
         x = gl.max(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), 1)
-    return both_first(gl.maximum(m_i, gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, layout)) * scale))
-
-
-@gluon.jit
-def _exponentials(s, m_i, scale, BANDED: gl.constexpr):
-    top = gl.where(m_i == float("-inf"), 0.0, m_i) if BANDED else m_i  # of a row that has seen no key yet
-    return gl.exp2(s * scale - gl.expand_dims(top, 1))
-
-
-@gluon.jit
-def _along(x, matrix):
-    """x, a number for each row, in the threads that have these rows of a matrix."""
-    return gl.convert_layout(x, gl.SliceLayout(1, matrix.type.layout))
+    m_new = both_first(gl.maximum(m_i, gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, layout)) * scale))
+    top = gl.where(m_new == float("-inf"), 0.0, m_new) if BANDED else m_new  # of a row that has seen no key yet
+    p = gl.exp2(s * scale - gl.expand_dims(top, 1))
+    return p, gl.exp2(m_i - top), m_new
 
 
 @gluon.jit
@@ -242,10 +229,9 @@ def _sums(p):
 
 
 @gluon.jit
-def _second(s_2, p_1, l_i, alpha, m_i, scale, BANDED: gl.constexpr):
-    """(P of the second half, l)"""
-    p_2 = _exponentials(s_2, m_i, scale, BANDED)
-    return p_2, l_i * gl.expand_dims(_along(alpha, l_i), 1) + _sums(p_1 + p_2)
+def _along(x, sums):
+    """x, a number for each row, in the threads that have these rows of sums."""
+    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, sums.type.layout)), 1)
 
 
 @gluon.jit
@@ -261,9 +247,7 @@ def _attend(
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     BANDED: gl.constexpr = LEFT or RIGHT
     dtype: gl.constexpr = q_bufs.dtype
-    SPARE: gl.constexpr = WARPGROUPS == 2  # registers
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
-    half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N // 2, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, k_width=2)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
@@ -290,12 +274,10 @@ def _attend(
         _release(count, K_FREE, STAGES, WARPGROUPS)
         if BANDED or (own_last + 1) * BLOCK_N > N:
             s = _hide(s, row, own_last * BLOCK_N, N, left, right, LEFT, RIGHT, s_layout)
-        s_1, s_2 = _halves(s, half)
-        m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, half))
-        m_i = _maximum(s_1, s_2, m_i, scale, half)
-        p_1, p_2 = _exponentials(s_1, m_i, scale, BANDED), _exponentials(s_2, m_i, scale, BANDED)
-        l_i = _sums(p_1 + p_2)
-        p_16 = gl.convert_layout(_whole(p_1.to(dtype), p_2.to(dtype)), p_layout)
+        m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+        p, alpha, m_i = _softmax(s, m_i, scale, BANDED, s_layout)
+        l_i = _sums(p)
+        p_16 = gl.convert_layout(p.to(dtype), p_layout)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
         count += 1
         _await(k_full, count, STAGES, own_first < own_last)
@@ -317,27 +299,21 @@ def _attend(
                     edge = edge | (start_n < row + (ROWS - 1) + left)
                 if edge:
                     s = _hide(s, row, start_n, N, left, right, LEFT, RIGHT, s_layout)
-            s_1, s_2 = _halves(s, half)
-            m_before, m_i = m_i, _maximum(s_1, s_2, m_i, scale, half)
-            alpha = gl.exp2(m_before - (gl.where(m_i == float("-inf"), 0.0, m_i) if BANDED else m_i))
-            p_1 = _exponentials(s_1, m_i, scale, BANDED)
-            if not SPARE:
-                p_2, l_i = _second(s_2, p_1, l_i, alpha, m_i, scale, BANDED)
+            p, alpha, m_i = _softmax(s, m_i, scale, BANDED, s_layout)
+            l_i = l_i * _along(alpha, l_i) + _sums(p)
             count += 1
             _await(k_full, count, STAGES, step < own_last - own_first)  # here: it keeps the next wait below the softmax
             acc = warpgroup_mma_wait(0, [o_token])
             _release(count - 2, V_FREE, STAGES, WARPGROUPS)
-            if SPARE:
-                p_2, l_i = _second(s_2, p_1, l_i, alpha, m_i, scale, BANDED)
             acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1)
-            p_16 = gl.convert_layout(_whole(p_1.to(dtype), p_2.to(dtype)), p_layout)
+            p_16 = gl.convert_layout(p.to(dtype), p_layout)
         mbarrier.arrive(q_empty.index(turn % 2 * WARPGROUPS + WARPGROUP), count=1)
 
         _await(v_full, count - 1, STAGES)
         v = v_bufs.index((count - 1) % STAGES).reshape([BLOCK_N, BLOCK_D])
         o_token = warpgroup_mma(p_16, v, acc, is_async=True)
-        rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, half))
-        l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, half))
+        rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+        l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, s_layout))
         lse = m_i * LN2 + gl.log(l_i)
         gl.store(lse_ptr + (off_b * H + off_h).to(gl.int64) * M + rows, lse, mask=rows < M)
         inverse = 1.0 / gl.where(l_i == 0.0, 1.0, l_i)
@@ -348,7 +324,7 @@ def _attend(
 
         acc = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, o_layout)), 1)
         if BANDED:
-            sums = gl.convert_layout(gl.sum(acc, 1), gl.SliceLayout(1, half))
+            sums = gl.convert_layout(gl.sum(acc, 1), gl.SliceLayout(1, s_layout))
             poisoned = ((sums != sums) & (l_i == l_i)).to(gl.int8)
             rows = (off_b * H + off_h).to(gl.int64) * (row_tiles * BLOCK_M) + rows
             gl.store(poisoned_ptr + rows, poisoned)
