@@ -24,7 +24,7 @@ from pathlib import Path
 from benchmark_results import COLUMNS, HERE, Results, Row, machine, path_of, show
 
 DTYPES = ("bfloat16", "float16", "float32")
-ROUNDS = 3  # turns that every provider takes, in rotated order
+ROUNDS = 3  # turns that every provider takes, in changing order
 WHOLE = 4  # so many times as far off as on a part PyTorch may be on the whole, where it runs other kernels
 
 
@@ -140,14 +140,15 @@ def stopwatch(args):
 
 
 def in_turns(calls, watch):
-    """Yield (name, times in ms, or what went wrong) as the last of a call's turns ends. The order rotates, and every
-    second turn it is reversed: nobody follows the same one each time, whose heat lowers the clock."""
+    """Yield (name, times in ms, or what went wrong) as the last of a call's turns ends. Every second turn the order is
+    reversed, after which it rotates: nobody follows the same one each time, whose heat lowers the clock."""
     names, turns = list(calls), {name: [] for name in calls}
     if not calls:
         return
     watch.heat()
     for turn in range(ROUNDS):
-        order = names[turn % len(names) :] + names[: turn % len(names)]
+        shift = turn // 2 % len(names)
+        order = names[shift:] + names[:shift]
         for name in order[:: -1 if turn % 2 else 1]:
             try:
                 turns[name].append(watch.time(calls[name]))

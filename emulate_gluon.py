@@ -5,7 +5,7 @@ the hardware does in its own time happens at the worst: a copy by TMA lands afte
 place holds NaN; a wgmma wants its operands from when it is issued to when it is waited for; a store leaves shared
 memory when that is waited for, and reaches memory when another program is told so. A buffer that is released too early,
 or read too soon, is a wrong result or a changed operand, an arrival too many an error, and a wait that nobody ends a
-deadlock that is reported. Rounding, layouts and speed are not emulated.
+deadlock that is reported. Rounding, layouts, speed, and warps of a partition that drift apart are not emulated.
 """
 
 import ast
@@ -18,7 +18,7 @@ import torch
 
 
 class Barrier:
-    """An mbarrier: a phase ends when all have arrived and all bytes have landed."""
+    """An mbarrier or, without bytes, a named barrier: a phase ends when all have arrived and all bytes have landed."""
 
     patience = 60.0  # seconds that a wait may take: then it is a deadlock
 
@@ -197,6 +197,7 @@ class NamedBarriers(dict):
         self.lock = threading.Lock()
 
     def __missing__(self, at):
+        assert 0 <= at[0] < 16, "no such barrier"
         self[at] = Barrier()
         self[at].init(at[1])
         return self[at]
@@ -219,7 +220,7 @@ def meet_at(number, threads):
 
 
 def together(jobs, named=None):
-    """Run (program number, function, arguments, threads of the GPU) each in a thread; raise the first error."""
+    """Run (program number, function, arguments[, threads of the GPU]) each in a thread; raise the first error."""
     errors, size = [], here.size
 
     def work(number, function, args, threads=0):
@@ -267,8 +268,9 @@ def mma_wait(pending, products):
 
 nothing = lambda *args, **kwargs: None  # noqa: E731  layouts
 LANGUAGE = SimpleNamespace(
-    constexpr=lambda x: x, to_tensor=lambda x: x, static_range=range, float32=torch.float32, int8=torch.int8,
-    int32=torch.int32, int64=torch.int64, program_id=lambda axis: here.number, num_programs=lambda axis: here.size,
+    constexpr=lambda x: x, static_assert=nothing, to_tensor=lambda x: x, static_range=range,
+    float32=torch.float32, int8=torch.int8, int32=torch.int32, int64=torch.int64,
+    program_id=lambda axis: here.number, num_programs=lambda axis: here.size,
     minimum=either(torch.minimum, min), maximum=either(torch.maximum, max), where=where,
     zeros=lambda shape, dtype, layout: torch.zeros(shape), zeros_like=torch.zeros_like,
     full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),

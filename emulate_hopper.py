@@ -119,8 +119,8 @@ BUGS = {  # name: (what is there, what a tired author writes, a case that shows 
     ),
     "the phase of every second Q": ("turn // 2 & 1)\n    place", "turn & 1)\n    place", _FULL),
     "no end announced": ("mbarrier.arrive(q_full.index(turn % 2 * WARPGROUPS + w), count=1)", "pass", _FULL),
-    "K overwritten": ("    meet_at(FREE + slot, 128 * WARPGROUPS + 32)\n", "", _FULL),
-    "K and V free from the start, but not said so": ("        _release(slot, V_FREE, STAGES, WARPGROUPS)\n", "", _FULL),
+    "K and V overwritten": ("    meet_at(FREE + slot, 128 * WARPGROUPS + 32)\n", "", _FULL),
+    "V free from the start, but not said so": ("        _release(slot, V_FREE, STAGES, WARPGROUPS)\n", "", _FULL),
     "the last V kept": (
         "        _release(count - 1, V_FREE, STAGES, WARPGROUPS)\n        if BANDED", "        if BANDED", _FULL,
     ),

@@ -19,11 +19,12 @@ which would spill. 240 registers a thread of two warpgroups, or 160 of three, an
 warp does the divisions that say which tile is next, and asks for its number a tile ahead. Causal heads are worked on in
 sections, of two tiles a multiprocessor, so that K and V stay in L2: at S 512, D 128 254 -> 300 TFLOP/s.
 
-In the softmax, by cycles that a profiler counted (S 8192): the two maxima that a thread needs are computed by halves,
-and both before the first exponential, else ptxas, short of registers, does one row after the other (D 64 12 %); sums of
-rows are added up across threads at the end (2 %); the mask compares with constants, which frees registers enough for
-three warpgroups in long causal attention too (D 64 11 %). A ring's place is released at a named barrier, where a warp
-says so and goes on; before it arrives at an mbarrier, Triton makes it wait for its warpgroup (1 to 4 %).
+In the softmax, by cycles that a profiler counted (S 8192): a thread's maxima, of two rows, are computed by halves, and
+both before the exponentials of the first, else ptxas, short of registers, does one row after the other (D 64 12 %);
+sums of rows are added up across threads at the end (2 %); the mask compares with constants, which frees registers
+enough for three warpgroups in long causal attention too (D 64 11 %). A ring's place is released at a named barrier,
+where a warp says so and goes on; before it arrives at an mbarrier, Triton makes it wait for its warpgroup (1 to 4 %),
+as it still does once a tile, before the wait for K.
 
 What gained nothing: turns at the tensor cores, one warpgroup after the other (-1 to 2 %); S of the next tile beneath
 the last P V of this one, as the other warpgroup is there to fill that gap; the second half of the exponentials beneath
@@ -55,7 +56,8 @@ from triton_attention_tma import describe, load_async, readable, store_async
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # queries of a warpgroup
 K_FREE, V_FREE = gl.constexpr(8), gl.constexpr(12)  # the first of four named barriers; those below are Triton's
-LONG = 4096  # keys from which three warpgroups are worth longer tiles, for causal attention with D up to 64
+LONG = 4096  # queries and keys from which causal attention with D up to 64 takes three warpgroups, as longer tiles are
+ENOUGH = 2  # worth it then, where there are so many of them a multiprocessor
 SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
 FEWEST = 1  # tiles of 128 queries a multiprocessor; with fewer, the plain kernel splits the keys
 
@@ -179,7 +181,6 @@ def _fetch(
             mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
             load_async(q_desc, [off_b, off_h, start_m + ROWS * w, 0], q_full.index(slot), q_bufs.index(slot))
         _put(k_desc, off_b, off_h // GROUP, last * BLOCK_N, k_bufs, k_full, count, K_FREE, STAGES, WARPGROUPS)
-        next_b, next_h, next_m = _place(following, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
         for step in range(1, last - first + 1):
             tile = last - step
             _put(k_desc, off_b, off_h // GROUP, tile * BLOCK_N, k_bufs, k_full, count + 1, K_FREE, STAGES, WARPGROUPS)
@@ -187,6 +188,7 @@ def _fetch(
             count += 1
         _put(v_desc, off_b, off_h // GROUP, first * BLOCK_N, v_bufs, v_full, count, V_FREE, STAGES, WARPGROUPS)
         count += 1
+        next_b, next_h, next_m = _place(following, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
         turn += 1
         item, off_b, off_h, start_m = following, next_b, next_h, next_m
     _announce(0, 0, -1, tickets, q_empty, turn, WARPGROUPS)
@@ -347,6 +349,7 @@ def _forward_kernel(
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, REST: gl.constexpr,
 ):
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
+    gl.static_assert(STAGES <= V_FREE - K_FREE)
     dtype: gl.constexpr = q_desc.dtype
     q_bufs = gl.allocate_shared_memory(dtype, [2 * WARPGROUPS, 1, 1, ROWS, BLOCK_D], q_desc.layout)
     o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], o_desc.layout)
@@ -446,7 +449,7 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
     """Fill o and lse, see fused_op in triton_attention_fused.py; for what applies()."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
     banded = left is not None or right is not None
-    long = left is None and N >= LONG
+    long = left is None and min(M, N) >= LONG and B * H * triton.cdiv(M, 192) >= ENOUGH * processors
     tile = tile_for("fused hopper, long" if long else "fused hopper", q.dtype, max(D, DV), banded)
     row_tiles, warpgroups = triton.cdiv(M, tile.BLOCK_M), tile.BLOCK_M // ROWS.value
     items = B * H * row_tiles

@@ -24,9 +24,9 @@ def uniform(x):
 
 @gluon.jit
 def both_first(x):
-    """x, two elements a thread, of which ptxas computes both before it uses one: (max(x_0, min(x_1, -inf)), x_1)."""
+    """x, two elements a thread, of which ptxas computes both before it uses the first: max(x_0, min(x_1, -inf))."""
     ASM: gl.constexpr = "{ .reg .f32 t; min.f32 t, $3, 0fFF800000; max.f32 $0, $2, t; mov.b32 $1, $3; }"
-    return gl.inline_asm_elementwise(ASM, "=f,=f,f,f", [x], dtype=gl.float32, is_pure=False, pack=2)
+    return gl.inline_asm_elementwise(ASM, "=&f,=f,f,f", [x], dtype=gl.float32, is_pure=False, pack=2)
 
 
 @gluon.jit
