@@ -26,7 +26,7 @@ moves the latter up. Eight warps in one partition are as fast as two warpgroups 
 moves half of the exponentials below its wait). Not tried again: wgmma in flight across the end of a step, which ptxas
 serialises or spills.
 
-On an H100, bfloat16, [4, 16, 4096, 128]: 389 -> 565 TFLOP/s, causal 360 -> 480.
+On an H100, bfloat16, [4, 16, 4096, 128]: 389 -> 546 to 565 TFLOP/s, causal 360 -> 474 to 480.
 
 Shah et al., "FlashAttention-3", 2024, for one walk with warp specialisation; the order of the additions is what
 FlashAttention-2 does in its deterministic mode.
