@@ -430,7 +430,8 @@ def _finish_kernel(
     seen = (last_n >= 0) & (first_n // 128 <= last_n // 128)
     for w in tl.static_range(2):
         offs = tile.to(tl.int64) * 8192 + w * 4096 + tl.arange(0, 4096)
-        x = tl.load(sum_ptr + offs, mask=(offs >= 0) & seen, other=0.0) * scale
+        mask = tl.where(seen, offs >= 0, offs < 0)  # all or none: Triton 3.9's interpreter takes no & with a number
+        x = tl.load(sum_ptr + offs, mask=mask, other=0.0) * scale
         x = tl.reshape(tl.permute(tl.reshape(x, [8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5]), [64, 64])
         rows, columns = (0, w * 64) if BLOCK_M == 64 else (w * 64, 0)
         offs_m, offs_d = start_m + rows + tl.arange(0, 64), columns + tl.arange(0, 64)
