@@ -58,8 +58,8 @@ from triton_attention_tma import describe, load_async, readable, store_async
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # queries of a warpgroup
 K_FREE, V_FREE = gl.constexpr(8), gl.constexpr(12)  # the first of four named barriers; those below are Triton's
-LONG = 4096  # queries and keys from which causal attention with D up to 64 takes three warpgroups, as longer tiles are
-ENOUGH = 2  # worth it then, where there are so many of them a multiprocessor
+LONG = 4096  # queries and keys from which causal attention with D up to 64 takes the longer tiles of three warpgroups
+ENOUGH = 2  # of those tiles a multiprocessor; with fewer, the longest of them leave most of the GPU idle at the end
 SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
 FEWEST = 1  # tiles of 128 queries a multiprocessor; with fewer, the plain kernel splits the keys
 
@@ -451,7 +451,7 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
     """Fill o and lse, see fused_op in triton_attention_fused.py; for what applies()."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
     banded = left is not None or right is not None
-    long = left is None and min(M, N) >= LONG and B * H * triton.cdiv(M, 192) >= ENOUGH * processors
+    long = left is None and min(M, N) >= LONG and B * H * triton.cdiv(M, 3 * ROWS.value) >= ENOUGH * processors
     tile = tile_for("fused hopper, long" if long else "fused hopper", q.dtype, max(D, DV), banded)
     row_tiles, warpgroups = triton.cdiv(M, tile.BLOCK_M), tile.BLOCK_M // ROWS.value
     items = B * H * row_tiles
