@@ -18,6 +18,8 @@ def _poisoned_and_seeded():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # a fault of this test's kernels is not the next one's
 
 
 def pytest_addoption(parser):

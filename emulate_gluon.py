@@ -70,8 +70,8 @@ class Shared:
     def permute(self, order):
         return Shared(self.data.permute(order))
 
-    def slice(self, start, length):
-        return Shared(self.data[start : start + length])
+    def slice(self, start, length, dim=0):
+        return Shared(self.data.narrow(dim, start, length))
 
     def load(self, layout):
         return self.data.clone()
@@ -184,6 +184,19 @@ def store(ptr, value, mask=None):
     ptr.data[offsets] = value
 
 
+def mark_nan(x, ptr, other_ptr):
+    if x.isnan().any():
+        store(ptr, 1)
+        store(other_ptr, 1)
+
+
+def load_from(ptr, mask=None, other=0):
+    """An element, or a tensor of them."""
+    if not isinstance(ptr.offset, torch.Tensor):
+        return ptr.data[ptr.offset].item()
+    return torch.where(mask, ptr.data[torch.where(mask, ptr.offset, 0)], other)
+
+
 def atomic_add(ptr, value, sem):
     with changed:
         ptr.data[ptr.offset] += value
@@ -277,15 +290,17 @@ LANGUAGE = SimpleNamespace(
     arange=lambda start, end, layout: torch.arange(start, end), expand_dims=lambda x, axis: x.unsqueeze(axis),
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log=torch.log, abs=torch.abs,
     reshape=torch.reshape, permute=torch.permute, broadcast=torch.broadcast_tensors,
-    convert_layout=lambda x, layout: x, store=store, atomic_add=atomic_add, warp_specialize=warp_specialize,
-    allocate_shared_memory=allocate, NVMMADistributedLayout=nothing, NVMMASharedLayout=nothing,
-    DotOperandLayout=nothing, SliceLayout=nothing, BlockedLayout=nothing, SwizzledSharedLayout=nothing,
+    convert_layout=lambda x, layout: x, load=load_from, store=store, atomic_add=atomic_add,
+    warp_specialize=warp_specialize, allocate_shared_memory=allocate,
+    NVMMADistributedLayout=nothing, NVMMASharedLayout=nothing, DotOperandLayout=nothing,
+    SliceLayout=nothing, BlockedLayout=nothing, SwizzledSharedLayout=nothing,
 )
 NAMES = {
     "gl": LANGUAGE, "fence_async_shared": nothing, "store_async": store_async, "add_async": add_async,
     "_publish": publish, "_spin_until": spin_until, "inline": lambda asm, x: int(x), "opaque": int, "uniform": int,
     "arrive_at": arrive_at, "meet_at": meet_at, "both_first": lambda x: x, "_along": lambda x, sums: x.unsqueeze(1),
-    "tma": SimpleNamespace(store_wait=store_wait),
+    "tma": SimpleNamespace(store_wait=store_wait), "written": land, "program": lambda: here.number,
+    "rescale": lambda x, alpha: x * alpha, "mark_nan": mark_nan,
     "load_async": lambda desc, at, barrier, place: desc.load(at, barrier, place),
     "mbarrier": SimpleNamespace(
         MBarrierLayout=lambda: "barrier", init=lambda bar, count: bar.init(count),

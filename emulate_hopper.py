@@ -18,25 +18,30 @@ from testing import torch_fused  # noqa: E402
 
 HERE = Path(__file__).parent
 FORWARD, BACKWARD = HERE / "triton_attention_hopper.py", HERE / "triton_attention_hopper_backward.py"
+MASK = HERE / "triton_attention_hopper_mask.py"
 
 
-def forward(q, k, v, scale, left=None, right=None, block_m=128, stages=2, programs=2, section=2, source=None):
-    """(O, lse, poisoned) of the kernel; q [B, H, M, D], k and v [B, Hk, N, D], D up to 64, scale > 0."""
-    kernel = load(source or FORWARD.read_text())
+def forward(
+    q, k, v, scale, left=None, right=None, block_m=128, block_d=64, stages=2, programs=2, section=2, source=None
+):
+    """(O, lse) of the kernel; q [B, H, M, D], k and v [B, Hk, N, D], D up to block_d, scale > 0."""
+    kernel = load(MASK.read_text() + (source or FORWARD.read_text()))
     (B, H, M), (Hk, N) = q.shape[:3], k.shape[1:3]
-    row_tiles = -(-M // block_m)
+    row_tiles, block_n, q_stages = -(-M // block_m), *((64, 1) if block_d == 256 else (128, 2))
     o, lse = torch.full_like(q, torch.nan), torch.full((B * H * M,), torch.nan)
-    poisoned = torch.full((B * H * row_tiles * block_m,), -1, dtype=torch.int8)
-    counter = torch.zeros(1, dtype=torch.int32)
+    counter, items = torch.zeros(1, dtype=torch.int32), B * H * row_tiles
+    log = torch.full((4 * (items + programs),), 1 << 30, dtype=torch.int32)
     arguments = (
-        Descriptor(q, 64, 64), Descriptor(k, 128, 64), Descriptor(v, 128, 64), Descriptor(o, 64, 64),
-        Pointer(lse), Pointer(poisoned), Pointer(counter), scale * 1.4426950408889634,
-        B * H * row_tiles, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
-        left is not None, right is not None, block_m, 128, 64, stages, 0, 0,
+        Descriptor(q, 64, block_d), Descriptor(k, block_n, block_d), Descriptor(v, block_n, block_d),
+        Descriptor(o, 64, block_d),
+        Pointer(lse), Pointer(counter), Pointer(log), scale * 1.4426950408889634,
+        items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
+        left is not None, right is not None, block_m, block_n, block_d, stages, q_stages, 0, 0,
     )
     here.size = programs
     together([(number, kernel._forward_kernel, arguments) for number in range(programs)])
-    return o, lse.view(B, H, M), poisoned
+    assert counter == 0, "the counter is not left as it was found"
+    return o, lse.view(B, H, M)
 
 
 def backward(
@@ -77,7 +82,7 @@ def check(source=None, back=False, **options):
     bounds = {name: options.get(name) for name in ("left", "right")}
     expected = exact(q, k, v, 0.2, **bounds)
     if not back:
-        results = forward(q, k, v, 0.2, source=source, **options)[:2]
+        results = forward(q, k, v, 0.2, source=source, **options)
     else:
         do, dlse = torch.randn(1, 4, 300, D), torch.randn(1, 4, 300).masked_fill(expected[1] == -torch.inf, 0.0)
         poisoned = dlse.masked_fill(expected[1] == -torch.inf, torch.nan)  # which must not matter
@@ -90,7 +95,7 @@ def check(source=None, back=False, **options):
 CASES = [
     {}, {"right": 0}, {"right": 0, "block_m": 192}, {"right": 100}, {"right": -70, "stages": 3},
     {"left": -60, "right": 10, "block_m": 192}, {"left": 30}, {"right": -200, "stages": 3},
-    {"block_m": 192, "programs": 1}, {"left": 90, "right": 20},
+    {"block_m": 192, "programs": 1}, {"left": 90, "right": 20}, {"block_d": 256}, {"block_d": 256, "right": 0},
     {"back": True}, {"back": True, "right": 0}, {"back": True, "right": 100, "stages": 3, "dq_stages": 2},
     {"back": True, "left": -60, "right": 10, "block_m": 64}, {"back": True, "left": 30},
     {"back": True, "right": -200, "section": 2}, {"back": True, "block_m": 64},
@@ -115,10 +120,10 @@ BUGS = {  # name: (what is there, what a tired author writes, a case that shows 
     ),
     "O overwritten while it is stored": ("        tma.store_wait(0)  # the tile before has left o_buf\n", "", _FULL),
     "the next Q loaded too early": (
-        "mbarrier.wait(q_empty.index(turn % 2 * WARPGROUPS + w), (turn // 2 & 1) ^ 1)", "pass", _SHORT,
+        "mbarrier.wait(q_empty.index(place * WARPGROUPS + w), (turn // Q_STAGES & 1) ^ 1)", "pass", _SHORT,
     ),
-    "the phase of every second Q": ("turn // 2 & 1)\n    place", "turn & 1)\n    place", _FULL),
-    "no end announced": ("mbarrier.arrive(q_full.index(turn % 2 * WARPGROUPS + w), count=1)", "pass", _FULL),
+    "the phase of every second Q": ("turn // Q_STAGES & 1)\n    return", "turn & 1)\n    return", _FULL),
+    "no end announced": ("mbarrier.arrive(q_full.index(turn % Q_STAGES * WARPGROUPS + w), count=1)", "pass", _FULL),
     "K and V overwritten": ("    meet_at(FREE + slot, 128 * WARPGROUPS + 32)\n", "", _FULL),
     "V free from the start, but not said so": ("        _release(slot, V_FREE, STAGES, WARPGROUPS)\n", "", _FULL),
     "the last V kept": (

@@ -347,12 +347,15 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
     mask = mask.view(torch.uint8) if has_mask else mask
     scalars = (scale * sign if sign else 1.0, dropout_p, keep_factor)
     D, DV = int(q.shape[3]), int(v.shape[3])
+    # the ptxas of Triton 3.6 lets wgmma read V by a register that it never set, if V is narrow and padded
+    narrowest = 64 if q.element_size() == 2 and DV != max(16, triton.next_power_of_2(DV)) else 16
     constants = {
         "D": D, "DV": DV, "SIGN": sign, "LEFT": left is not None, "RIGHT": right is not None, "HAS_MASK": has_mask,
         "HAS_BIAS": has_bias, "SOFTCAP": softcap, "SCALED": scaled,
         "DROPOUT": dropout_p > 0.0, "EXACT": exact(q.dtype),
         "PRECISION": dot_precision(q.dtype),
-        "BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_DV": max(narrowest, triton.next_power_of_2(DV)),
     }
     if constants["PRECISION"] == "bf16x6" and max(D, DV) <= 128 and q.shape[2] > FEW_QUERIES:
         constants["PRECISION"] = "parts"

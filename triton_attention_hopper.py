@@ -19,6 +19,12 @@ which would spill. 240 registers a thread of two warpgroups, or 160 of three, an
 warp does the divisions that say which tile is next, and asks for its number a tile ahead. Causal heads are worked on in
 sections, of two tiles a multiprocessor, so that K and V stay in L2: at S 512, D 128 254 -> 300 TFLOP/s.
 
+O is scaled only where the exponentials of a row have outgrown its maximum by a factor of 256 since the last time; else
+a warp jumps over it, and weights up to 256 do no harm, as FlashAttention-4 found on Blackwell. That was the largest
+single gain: 5 to 8 % at D 128, 3 to 6 % at D 64. A causal call is one launch: the counter is left at zero for the next
+(counter in triton_attention_replay.py), and NaN in hidden values is found and repaired within, by what is described in
+triton_attention_hopper_mask.py.
+
 In the softmax, by cycles that a profiler counted (S 8192): a thread's maxima, of two rows, are computed by halves, and
 both before the exponentials of the first, else ptxas, short of registers, does one row after the other (D 64 12 %);
 sums of rows are added up across threads at the end (2 %); the mask compares with constants, which frees registers
@@ -29,9 +35,12 @@ as it still does once a tile, before the wait for K.
 What gained nothing: turns at the tensor cores, one warpgroup after the other (-1 to 2 %); S of the next tile beneath
 the last P V of this one, as the other warpgroup is there to fill that gap; the second half of the exponentials beneath
 the scaling of O (3 % fewer cycles at D 128, but the chip, at the limit of its power, lowers the clock: 2 % slower); Q
-in registers (1 % at D 128, spills with ptxas 13); tiles that are dealt out in advance (8 % slower at S 8192).
+in registers (1 % at D 128, spills with ptxas 13); tiles that are dealt out in advance (8 % slower at S 8192; at S 512
+to 2048 2 % faster with D 128, 7 % slower with D 64); asking for a tile's number two tiles ahead. With three warpgroups
+ptxas 12.8 moves the exponentials below the wait for P V again, now that a branch follows it; a barrier of the warp that
+holds them there costs more (5 %) than it gains, as two other warpgroups fill the gap.
 
-On an H100, bfloat16, [4, 16, 4096, 128]: 445 -> 687 TFLOP/s, causal 407 -> 609.
+Head dims above 128 take tiles of 64 keys, and O leaves from the place of Q: 2.5 times as fast as the plain kernel.
 
 Shah et al., "FlashAttention-3", 2024, for warp specialisation and the order of the two products. Gluon
 (triton.experimental.gluon) is Triton's lower-level language: layouts, barriers and copies are explicit.
@@ -41,30 +50,30 @@ import functools
 
 import torch
 import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )
 
-from triton_attention_fused import walk_one_by_one
-from triton_attention_launch import launch, tile_for
-from triton_attention_logits import key_range
-from triton_attention_ptx import arrive_at, both_first, inline, meet_at, opaque, uniform
-from triton_attention_tiles import head_ptr, store_tile
+from triton_attention_hopper_mask import ROWS, close_log, hide, key_tiles, open_log, repair, write_down
+from triton_attention_launch import TRITON, launch, tile_for
+from triton_attention_ptx import (
+    arrive_at, both_first, inline, mark_nan, meet_at, opaque, program, rescale, uniform, written,
+)
+from triton_attention_replay import counter
 from triton_attention_tma import describe, load_async, readable, store_async
 
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
-ROWS = gl.constexpr(64)  # queries of a warpgroup
 K_FREE, V_FREE = gl.constexpr(8), gl.constexpr(12)  # the first of four named barriers; those below are Triton's
 LONG = 4096  # queries and keys from which causal attention with D up to 64 takes the longer tiles of three warpgroups
 ENOUGH = 2  # of those tiles a multiprocessor; with fewer, the longest of them leave most of the GPU idle at the end
 SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
+WIDEST = 256 if TRITON < (3, 9) else 128  # head dim; wider ones with a mask spill with the ptxas of Triton 3.9
 FEWEST = 1  # tiles of 128 queries a multiprocessor; with fewer, the plain kernel splits the keys
 
 
-# ---- which tile of queries, which keys
+# ---- which tile of queries
 
 
 @gluon.jit
@@ -78,35 +87,6 @@ def _place(item, row_tiles, heads, section, H, BANDED: gl.constexpr, BLOCK_M: gl
     else:
         head, tile = item // row_tiles, item % row_tiles
     return head // H, head % H, tile * BLOCK_M
-
-
-@gluon.jit
-def _key_tiles(
-    start_m, N, left, right, LEFT: gl.constexpr, RIGHT: gl.constexpr, SIZE: gl.constexpr, BLOCK_N: gl.constexpr
-):
-    """(first, last) tile of keys that SIZE queries from start_m see: one at least."""
-    first_n, last_n = gl.to_tensor(0), N - 1
-    if RIGHT:
-        last_n = gl.maximum(gl.minimum(last_n, start_m + (SIZE - 1) + right), 0)
-    if LEFT:
-        first_n = gl.maximum(gl.minimum(start_m + left, last_n), 0)
-    return first_n // BLOCK_N, last_n // BLOCK_N
-
-
-@gluon.jit
-def _hide(s, row, start_n, N, left, right, LEFT: gl.constexpr, RIGHT: gl.constexpr, layout: gl.constexpr):
-    """Scores, -inf where a query does not see a key."""
-    m = row + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout))
-    n = gl.expand_dims(gl.arange(0, s.shape[1], gl.SliceLayout(0, layout)), 0)
-    own, n = n & 6, n & ~6  # what differs from thread to thread, and what the compilers take for constants
-    start_n = opaque(start_n)
-    last_n = m * 0 + (N - 1 - start_n)  # what there is to compute is computed a row
-    if RIGHT:
-        last_n = gl.minimum(last_n, m + (right - start_n))
-    keep = n <= gl.expand_dims(last_n, 1) - own
-    if LEFT:
-        keep = keep & (n >= gl.expand_dims(m + (left - start_n), 1) - own)
-    return gl.where(keep, s, float("-inf"))
 
 
 # ---- rings: slot `count % STAGES` of shared memory; its barrier `full`, in the phase of count // STAGES; and a named
@@ -149,21 +129,25 @@ def _skip(tiles, count, k_full, v_full, STAGES: gl.constexpr, WARPGROUPS: gl.con
 
 
 @gluon.jit
-def _announce(off_b, off_h, start_m, tickets, q_empty, turn, WARPGROUPS: gl.constexpr):
+def _announce(
+    off_b, off_h, start_m, tickets, q_empty, turn, Q_STAGES: gl.constexpr, WARPGROUPS: gl.constexpr
+):
     """Write which tile of queries is next where the warpgroups find it, once they have left the place."""
+    place = turn % Q_STAGES
     for w in gl.static_range(WARPGROUPS):
-        mbarrier.wait(q_empty.index(turn % 2 * WARPGROUPS + w), (turn // 2 & 1) ^ 1)
+        mbarrier.wait(q_empty.index(place * WARPGROUPS + w), (turn // Q_STAGES & 1) ^ 1)
     zero = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-    tickets.index(turn % 2 * 3).store(zero + off_b)
-    tickets.index(turn % 2 * 3 + 1).store(zero + off_h)
-    tickets.index(turn % 2 * 3 + 2).store(zero + start_m)
+    tickets.index(place * 3).store(zero + off_b)
+    tickets.index(place * 3 + 1).store(zero + off_h)
+    tickets.index(place * 3 + 2).store(zero + start_m)
     inline("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", 0)
 
 
 @gluon.jit
 def _fetch(
-    q_desc, k_desc, v_desc, counter_ptr, rings, work,
+    q_desc, k_desc, v_desc, counter_ptr, log_ptr, rings, work,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
 ):
     q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, v_full, tickets = rings
     items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
@@ -171,15 +155,21 @@ def _fetch(
     count = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     item = gl.program_id(0)
+    before = gl.to_tensor(-1)
+    if LEFT or RIGHT:
+        open_log(log_ptr, items + item)
     off_b, off_h, start_m = _place(item, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
     while item < items:
         following = item + gl.num_programs(0)
         if LEFT or RIGHT:  # whoever is done first takes the next; asked for early, as the answer takes its time
-            following = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        first, last = _key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
-        _announce(off_b, off_h, start_m, tickets, q_empty, turn, WARPGROUPS)
+            taken = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+            gl.store(counter_ptr, 0, mask=taken == items - 1)  # the last one leaves it as it was
+            following = gl.num_programs(0) + taken
+            before = write_down(log_ptr, (off_b * H + off_h) * row_tiles + start_m // BLOCK_M, before, WARPGROUPS)
+        first, last = key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+        _announce(off_b, off_h, start_m, tickets, q_empty, turn, Q_STAGES, WARPGROUPS)
         for w in gl.static_range(WARPGROUPS):
-            slot = turn % 2 * WARPGROUPS + w
+            slot = turn % Q_STAGES * WARPGROUPS + w
             mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
             load_async(q_desc, [off_b, off_h, start_m + ROWS * w, 0], q_full.index(slot), q_bufs.index(slot))
         _put(k_desc, off_b, off_h // GROUP, last * BLOCK_N, k_bufs, k_full, count, K_FREE, STAGES, WARPGROUPS)
@@ -193,20 +183,24 @@ def _fetch(
         next_b, next_h, next_m = _place(following, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
         turn += 1
         item, off_b, off_h, start_m = following, next_b, next_h, next_m
-    _announce(0, 0, -1, tickets, q_empty, turn, WARPGROUPS)
+    if LEFT or RIGHT:
+        close_log(log_ptr, items + gl.program_id(0), before)
+    _announce(0, 0, -1, tickets, q_empty, turn, Q_STAGES, WARPGROUPS)
     for w in gl.static_range(WARPGROUPS):
-        mbarrier.arrive(q_full.index(turn % 2 * WARPGROUPS + w), count=1)
+        mbarrier.arrive(q_full.index(turn % Q_STAGES * WARPGROUPS + w), count=1)
 
 
 # ---- the warpgroups that multiply
 
 
 @gluon.jit
-def _next_tile(tickets, q_full, turn, WARPGROUPS: gl.constexpr, WARPGROUP: gl.constexpr):
+def _next_tile(
+    tickets, q_full, turn, Q_STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, WARPGROUP: gl.constexpr
+):
     """(off_b, off_h, start_m) of the next tile of queries, when its Q is there; start_m is -1 after the last."""
-    mbarrier.wait(q_full.index(turn % 2 * WARPGROUPS + WARPGROUP), turn // 2 & 1)
-    place = turn % 2 * 3
-    return _read(tickets.index(place)), _read(tickets.index(place + 1)), _read(tickets.index(place + 2))
+    place = turn % Q_STAGES
+    mbarrier.wait(q_full.index(place * WARPGROUPS + WARPGROUP), turn // Q_STAGES & 1)
+    return _read(tickets.index(place * 3)), _read(tickets.index(place * 3 + 1)), _read(tickets.index(place * 3 + 2))
 
 
 @gluon.jit
@@ -216,11 +210,14 @@ def _read(ticket):
 
 @gluon.jit
 def _softmax(s, m_i, scale, BANDED: gl.constexpr, layout: gl.constexpr):
-    """(p, alpha, new maximum) of a tile of scores, base 2."""
+    """(p, alpha, new maximum) of a tile of scores, base 2. The maximum stays as it is until it has grown by a factor of
+    256 at least, so that alpha is 1 but for a few tiles."""
     x = s
-    for _ in gl.static_range(4):  # by halves: no long chain of instructions that wait for each other
+    HALVINGS: gl.constexpr = 4 if s.shape[1] == 128 else 3  # to 8 columns
+    for _ in gl.static_range(HALVINGS):  # no long chain of instructions that wait for each other
         x = gl.max(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), 1)
     m_new = both_first(gl.maximum(m_i, gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, layout)) * scale))
+    m_new = gl.where(m_new > m_i + 8.0, m_new, m_i)
     top = gl.where(m_new == float("-inf"), 0.0, m_new) if BANDED else m_new  # of a row that has seen no key yet
     p = gl.exp2(s * scale - gl.expand_dims(top, 1))
     return p, gl.exp2(m_i - top), m_new
@@ -242,10 +239,10 @@ def _along(x, sums):
 def _attend(
     out, rings, work,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, WARPGROUP: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WARPGROUP: gl.constexpr,
 ):
     """One warpgroup: 64 queries of every tile."""
-    o_desc, o_bufs, lse_ptr, poisoned_ptr, scale = out
+    o_desc, o_bufs, lse_ptr, log_ptr, scale = out
     q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, v_full, tickets = rings
     items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
@@ -261,14 +258,15 @@ def _attend(
         _release(slot, V_FREE, STAGES, WARPGROUPS)
     count = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    off_b, off_h, start_m = _next_tile(tickets, q_full, turn, WARPGROUPS, WARPGROUP)
+    off_b, off_h, start_m = _next_tile(tickets, q_full, turn, Q_STAGES, WARPGROUPS, WARPGROUP)
     while start_m >= 0:
-        q = q_bufs.index(turn % 2 * WARPGROUPS + WARPGROUP).reshape([ROWS, BLOCK_D])
+        q_place = turn % Q_STAGES * WARPGROUPS + WARPGROUP
+        q = q_bufs.index(q_place).reshape([ROWS, BLOCK_D])
         row = start_m + ROWS * WARPGROUP
-        first, last = _key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+        first, last = key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
         own_first, own_last = first, last
         if BANDED:
-            own_first, own_last = _key_tiles(row, N, left, right, LEFT, RIGHT, ROWS, BLOCK_N)
+            own_first, own_last = key_tiles(row, N, left, right, LEFT, RIGHT, ROWS, BLOCK_N)
             own_first, own_last = gl.maximum(own_first, first), gl.maximum(own_last, first)
             count = _skip(last - own_last, count, k_full, v_full, STAGES, WARPGROUPS)
 
@@ -277,7 +275,7 @@ def _attend(
         s = warpgroup_mma_wait(0, [warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)])
         _release(count, K_FREE, STAGES, WARPGROUPS)
         if BANDED or (own_last + 1) * BLOCK_N > N:
-            s = _hide(s, row, own_last * BLOCK_N, N, left, right, LEFT, RIGHT, s_layout)
+            s = hide(s, row, own_last * BLOCK_N, N, left, right, LEFT, RIGHT, s_layout)
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
         p, alpha, m_i = _softmax(s, m_i, scale, BANDED, s_layout)
         l_i = _sums(p)
@@ -302,16 +300,17 @@ def _attend(
                 if LEFT:
                     edge = edge | (start_n < row + (ROWS - 1) + left)
                 if edge:
-                    s = _hide(s, row, start_n, N, left, right, LEFT, RIGHT, s_layout)
+                    s = hide(s, row, start_n, N, left, right, LEFT, RIGHT, s_layout)
             p, alpha, m_i = _softmax(s, m_i, scale, BANDED, s_layout)
             l_i = l_i * _along(alpha, l_i) + _sums(p)
             count += 1
             _await(k_full, count, STAGES, step < own_last - own_first)  # here: it keeps the next wait below the softmax
             acc = warpgroup_mma_wait(0, [o_token])
             _release(count - 2, V_FREE, STAGES, WARPGROUPS)
-            acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1)
+            acc = rescale(acc, gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1))
             p_16 = gl.convert_layout(p.to(dtype), p_layout)
-        mbarrier.arrive(q_empty.index(turn % 2 * WARPGROUPS + WARPGROUP), count=1)
+        if Q_STAGES == 2:
+            mbarrier.arrive(q_empty.index(q_place), count=1)
 
         _await(v_full, count - 1, STAGES)
         v = v_bufs.index((count - 1) % STAGES).reshape([BLOCK_N, BLOCK_D])
@@ -319,7 +318,7 @@ def _attend(
         rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
         l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, s_layout))
         lse = m_i * LN2 + gl.log(l_i)
-        gl.store(lse_ptr + (off_b * H + off_h).to(gl.int64) * M + rows, lse, mask=rows < M)
+        gl.store(lse_ptr + (off_b * H + off_h).to(gl.int64) * opaque(M) + rows, lse, mask=rows < M)
         inverse = 1.0 / gl.where(l_i == 0.0, 1.0, l_i)
         acc = warpgroup_mma_wait(0, [o_token])
         _release(count - 1, V_FREE, STAGES, WARPGROUPS)
@@ -327,42 +326,48 @@ def _attend(
             count = _skip(own_first - first, count, k_full, v_full, STAGES, WARPGROUPS)
 
         acc = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, o_layout)), 1)
-        if BANDED:
-            sums = gl.convert_layout(gl.sum(acc, 1), gl.SliceLayout(1, s_layout))
-            poisoned = ((sums != sums) & (l_i == l_i)).to(gl.int8)
-            rows = (off_b * H + off_h).to(gl.int64) * (row_tiles * BLOCK_M) + rows
-            gl.store(poisoned_ptr + rows, poisoned)
+        acc_16 = acc.to(dtype)
         tma.store_wait(0)  # the tile before has left o_buf
-        o_buf.reshape([ROWS, BLOCK_D]).store(acc.to(dtype))
+        o_buf.reshape([ROWS, BLOCK_D]).store(acc_16)
         fence_async_shared()
         store_async(o_desc, [off_b, off_h, row, 0], o_buf)
+        if Q_STAGES == 1:  # O leaves from the place of Q
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(q_place), count=1)
+        if BANDED:
+            tile = (off_b * H + off_h) * row_tiles + start_m // BLOCK_M
+            mark_nan(acc_16, log_ptr + (tile * 4 + WARPGROUP), log_ptr + 4 * (items + program()))
         turn += 1
-        off_b, off_h, start_m = _next_tile(tickets, q_full, turn, WARPGROUPS, WARPGROUP)
-    tma.store_wait(0)
+        off_b, off_h, start_m = _next_tile(tickets, q_full, turn, Q_STAGES, WARPGROUPS, WARPGROUP)
+    written()
 
 
 @gluon.jit(do_not_specialize=[
     "scale", "items", "row_tiles", "heads", "section", "H", "GROUP", "M", "N", "left", "right"
 ])
 def _forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, lse_ptr, poisoned_ptr, counter_ptr, scale,
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, counter_ptr, log_ptr, scale,
     items, row_tiles, heads, section, H, GROUP, M, N, left, right,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, REST: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, REGISTERS: gl.constexpr, REST: gl.constexpr,
 ):
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     gl.static_assert(STAGES <= V_FREE - K_FREE)
     dtype: gl.constexpr = q_desc.dtype
-    q_bufs = gl.allocate_shared_memory(dtype, [2 * WARPGROUPS, 1, 1, ROWS, BLOCK_D], q_desc.layout)
-    o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], o_desc.layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * WARPGROUPS, 1, 1, ROWS, BLOCK_D], q_desc.layout)
+    o_bufs = q_bufs
+    if Q_STAGES == 2:
+        o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], o_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
     tickets = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_full = gl.allocate_shared_memory(gl.int64, [2 * WARPGROUPS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2 * WARPGROUPS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * WARPGROUPS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * WARPGROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for w in gl.static_range(2 * WARPGROUPS):
+    again_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(again_full, count=1)
+    for w in gl.static_range(Q_STAGES * WARPGROUPS):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
     for slot in gl.static_range(STAGES):
@@ -371,69 +376,38 @@ def _forward_kernel(
     fence_async_shared()
 
     rings = (q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, v_full, tickets)
-    out = (o_desc, o_bufs, lse_ptr, poisoned_ptr, scale)
+    out = (o_desc, o_bufs, lse_ptr, log_ptr, scale)
     work = (items, row_tiles, heads, section, H, GROUP, M, N, left, right)
     if WARPGROUPS == 2:
         gl.warp_specialize([
-            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 0)),
-            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 1)),
-            (_fetch, (q_desc, k_desc, v_desc, counter_ptr, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES)),
+            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 0)),
+            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 1)),
+            (_fetch, (q_desc, k_desc, v_desc, counter_ptr, log_ptr, rings, work,
+                      LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES, Q_STAGES)),
         ], [4, 1], [REGISTERS, REST])
     else:
         gl.warp_specialize([
-            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 0)),
-            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 1)),
-            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 2)),
-            (_fetch, (q_desc, k_desc, v_desc, counter_ptr, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES)),
+            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 0)),
+            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 1)),
+            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 2)),
+            (_fetch, (q_desc, k_desc, v_desc, counter_ptr, log_ptr, rings, work,
+                      LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES, Q_STAGES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, REST])
-
-
-@triton.jit
-def _zero_kernel(counter_ptr):
-    tl.store(counter_ptr, 0)
-
-
-@triton.jit(do_not_specialize=["scale", "groups", "tiles", "H", "GROUP", "M", "N", "left", "right"])
-def _repair_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
-    k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
-    v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
-    o_ptr, stride_ob, stride_oh, stride_om, stride_od,
-    lse_ptr, poisoned_ptr, scale, groups, tiles, H, GROUP, M, N, left, right,
-    D: tl.constexpr, DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MOST: tl.constexpr,
-):
-    """O again for the groups of SIZE queries with NaN: a key that none of them sees may hold it, and 0 * NaN is NaN."""
-    first = tl.program_id(0) * MOST
-    offs = first.to(tl.int64) * SIZE + tl.arange(0, MOST * SIZE)
-    if tl.max(tl.load(poisoned_ptr + offs, mask=offs // SIZE < groups, other=0).to(tl.int32)) > 0:
-        for group in range(first, tl.minimum(first + MOST, groups)):
-            here = poisoned_ptr + first.to(tl.int64) * SIZE + ((group - first) * SIZE + tl.arange(0, SIZE))
-            if tl.max(tl.load(here).to(tl.int32)) > 0:
-                head = group // tiles
-                off_b, off_h = head // H, head % H
-                for few in range(0, SIZE, BLOCK_M):
-                    start_m = group % tiles * SIZE + few
-                    offs_m = start_m + tl.arange(0, BLOCK_M)
-                    lse = tl.load(lse_ptr + head.to(tl.int64) * M + offs_m, mask=offs_m < M, other=0.0)
-                    bounds = key_range(start_m, 0, N, left, right, LEFT, RIGHT, False, BLOCK_M, 16)
-                    acc = walk_one_by_one(
-                        head_ptr(q_ptr, stride_qb, stride_qh, off_b, off_h), (stride_qm, stride_qd),
-                        head_ptr(k_ptr, stride_kb, stride_kh, off_b, off_h // GROUP), (stride_kn, stride_kd),
-                        head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_h // GROUP), (stride_vn, stride_vd),
-                        q_ptr, (0, 0), 0, off_b, off_h, offs_m, lse, bounds[0], bounds[3],
-                        M, N, left, right, scale, 0.0,
-                        D, DV, 1, LEFT, RIGHT, False, False, 0.0, False, False, "ieee", BLOCK_D, BLOCK_DV,
-                    )
-                    o_head = head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h)
-                    store_tile(o_head, (stride_om, stride_od), (M, DV), offs_m, tl.arange(0, BLOCK_DV), acc)
+    if LEFT or RIGHT:
+        o_buf = o_bufs.index(0) if Q_STAGES == 2 else k_bufs.index(1)
+        bufs = (q_bufs.index(0), k_bufs.index(0), v_bufs.index(0), o_buf, again_full)
+        repair(
+            q_desc, k_desc, v_desc, o_desc, lse_ptr, log_ptr, scale, bufs, work,
+            LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D,
+        )
 
 
 def applies(q, k, v, o, scale, processors):
     """Whether the kernel takes these inputs, is worth its descriptors and fills the GPU; else the plain kernel runs."""
     (B, H, M, D), (N, DV) = q.shape, v.shape[2:]
     return (
-        q.element_size() == 2 and 0 < D <= 128 and 0 < DV <= 128 and scale > 0.0 and M > 16
+        q.element_size() == 2 and 0 < D <= WIDEST and 0 < DV <= WIDEST and M > 16
+        and (scale > 0.0 or scale < 0.0 and D % 8 == 0)
         and 4 * B * H * M * N * D >= SMALLEST and B * H * triton.cdiv(M, 128) >= FEWEST * processors
         and all(readable(t) for t in (q, k, v, o))
     )
@@ -450,41 +424,25 @@ def section_of(heads, row_tiles, processors):
 def forward(q, k, v, o, lse, scale, left, right, processors):
     """Fill o and lse, see fused_op in triton_attention_fused.py; for what applies()."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
+    if scale < 0.0:  # the maximum of scores is sought before they are scaled
+        q, scale = -q, -scale
     banded = left is not None or right is not None
     long = left is None and min(M, N) >= LONG and B * H * triton.cdiv(M, 3 * ROWS.value) >= ENOUGH * processors
     tile = tile_for("fused hopper, long" if long else "fused hopper", q.dtype, max(D, DV), banded)
     row_tiles, warpgroups = triton.cdiv(M, tile.BLOCK_M), tile.BLOCK_M // ROWS.value
     items = B * H * row_tiles
     registers = (1 << 16) // (128 * (warpgroups + 1)) // 8 * 8  # of a thread, before they are dealt out
-    poisoned = lse.new_empty(items * tile.BLOCK_M if banded else 1, dtype=torch.int8)
-    counter = lse.new_empty(1, dtype=torch.int32)
-    if banded:
-        launch(_zero_kernel, 1, counter, num_warps=1)
+    log = lse.new_empty(4 * (items + processors) if banded else 1, dtype=torch.int32)
     launch(
         _forward_kernel, min(items, processors),
         describe(q, ROWS.value, tile.BLOCK_D), describe(k, tile.BLOCK_N, tile.BLOCK_D),
         describe(v, tile.BLOCK_N, tile.BLOCK_D), describe(o, ROWS.value, tile.BLOCK_D),
-        lse, poisoned, counter, scale * LOG2E,
+        lse, counter(q.device), log, scale * LOG2E,
         items, row_tiles, B * H, section_of(B * H, row_tiles, processors) if banded else 1, H, H // Hk, M, N,
         left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages,
+        Q_STAGES=2 if tile.BLOCK_D <= 128 else 1,  # more do not fit
         REGISTERS=tile.registers,
         REST=registers * (warpgroups + 1) - tile.registers * warpgroups, num_warps=4, maxnreg=registers,
-    )
-    if banded:
-        repair(q, k, v, o, lse, poisoned, scale, left, right)
-
-
-def repair(q, k, v, o, lse, poisoned, scale, left, right):
-    """Compute again what is `poisoned`: a flag for each query of a head, up to the end of its last tile."""
-    (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
-    groups = poisoned.numel() // ROWS.value
-    launch(
-        _repair_kernel, triton.cdiv(groups, 32),
-        q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(),
-        lse, poisoned, scale, groups, groups // (B * H), H, H // Hk, M, N, left or 0, right or 0,
-        D=int(D), DV=int(DV), LEFT=left is not None, RIGHT=right is not None, SIZE=ROWS.value, BLOCK_M=16,
-        BLOCK_D=triton.next_power_of_2(D), BLOCK_DV=triton.next_power_of_2(DV), MOST=32, num_warps=8,
-        maxnreg=96,  # ptxas itself may take 64, and spill
     )

@@ -442,7 +442,7 @@ def applies(q, k, v, scale, processors):
     """Whether the kernel takes these inputs, is worth its descriptors and fills the GPU; else the plain kernels run."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
     return (
-        q.element_size() == 2 and 0 < D <= 128 and 0 < DV <= 128 and D % 8 == 0 and DV % 8 == 0 and scale > 0.0
+        q.element_size() == 2 and 0 < D <= 128 and 0 < DV <= 128 and D % 8 == 0 and DV % 8 == 0 and scale != 0.0
         and 10 * B * H * M * N * D >= SMALLEST and B * Hk * triton.cdiv(N, KEYS.value) >= FEWEST * processors
         and all(readable(t) for t in (q, k, v))
     )
@@ -478,6 +478,7 @@ def backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right):
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
     if left is None and right is None and N % KEYS.value:
         right = N  # nothing more is hidden, but what is past the last key
+    own_q, factor = (-q, -scale) if scale < 0.0 else (q, scale)  # the kernel knows positive ones
     do = do if readable(do) else do.clone(memory_format=torch.contiguous_format)
     tile = tile_for("fused backward hopper", q.dtype, max(D, DV), right is not None)
     stats, tickets = prepare(do, dlse, o, lse, record, tile.BLOCK_M)
@@ -486,10 +487,10 @@ def backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right):
     registers = (1 << 16) // (128 * 3) // 8 * 8  # of a thread, before they are dealt out
     launch(
         _backward_kernel, B * Hk * tiles,
-        describe(q, tile.BLOCK_M, tile.BLOCK_D), describe(k, KEYS.value, tile.BLOCK_D),
+        describe(own_q, tile.BLOCK_M, tile.BLOCK_D), describe(k, KEYS.value, tile.BLOCK_D),
         describe(v, KEYS.value, tile.BLOCK_D), describe(do, tile.BLOCK_M, tile.BLOCK_D),
         describe_rows(stats, 1), describe_rows(sums, 64),
-        describe(dk, KEYS.value, tile.BLOCK_D), describe(dv, KEYS.value, tile.BLOCK_D), tickets, scale * LOG2E,
+        describe(dk, KEYS.value, tile.BLOCK_D), describe(dv, KEYS.value, tile.BLOCK_D), tickets, factor * LOG2E,
         tiles, B * Hk, max(1, min(B * Hk, section)), Hk, H // Hk, triton.cdiv(M, tile.BLOCK_M), N,
         left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,

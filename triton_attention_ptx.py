@@ -23,6 +23,18 @@ def uniform(x):
 
 
 @gluon.jit
+def program():
+    """program_id(0), asked for here: LLVM would ask at the start, and keep it in a register."""
+    return inline("mov.u32 $0, %ctaid.x;", 0)
+
+
+@gluon.jit
+def written():
+    """Wait until what this warp stored by TMA is in memory, not only read from where it was."""
+    inline("cp.async.bulk.wait_group 0; mov.b32 $0, 0;", 0)
+
+
+@gluon.jit
 def both_first(x):
     """x, two elements a thread, of which ptxas computes both before it uses the first: max(x_0, min(x_1, -inf))."""
     ASM: gl.constexpr = "{ .reg .f32 t; min.f32 t, $3, 0fFF800000; max.f32 $0, $2, t; mov.b32 $1, $3; }"
@@ -41,3 +53,49 @@ def meet_at(barrier, THREADS: gl.constexpr):
     """Wait at a named barrier until all of THREADS threads have come."""
     ASM: gl.constexpr = f"bar.sync $1, {THREADS}; mov.b32 $0, 0;"
     inline(ASM, barrier)
+
+
+@gluon.constexpr_function
+def _rescale_asm(n):
+    """(PTX, constraints) for n elements of x and of alpha, of which the first four have those of both rows."""
+    changed = " ".join(f"setp.neu.or.f32 p, ${2 * n + i}, 0f3F800000, p;" for i in range(1, 4))
+    multiply = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    asm = (
+        f"{{ .reg .pred p; setp.neu.f32 p, ${2 * n}, 0f3F800000; {changed} vote.sync.any.pred p, p, 0xffffffff; "
+        f"@!p bra KEEP; {multiply} KEEP: }}"
+    )
+    return asm, ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+
+
+@gluon.jit
+def rescale(x, alpha):
+    """x * alpha, an accumulator and a number for each row, by a branch around all of it where a warp has only ones."""
+    PACK: gl.constexpr = x.shape[0] * x.shape[1] // 128
+    ASM: gl.constexpr = _rescale_asm(PACK)
+    alpha, _ = gl.broadcast(alpha, x)
+    return gl.inline_asm_elementwise(ASM[0], ASM[1], [x, alpha], dtype=gl.float32, is_pure=True, pack=PACK)
+
+
+@gluon.constexpr_function
+def _mark_nan_asm(n, kind):
+    """(PTX, constraints) for n elements in pairs: products, whose sum is NaN where one of them is."""
+    outs, pairs = n // 4, n // 2
+    x = [f"${outs + i}" for i in range(pairs)]
+    products = [f"{{0}}, {a}, {b}, {{0}};" for a, b in zip(x[2::2], x[3::2], strict=True)]
+    sums = " ".join(f"fma.rn.{kind} " + product.format("ut"[i % 2]) for i, product in enumerate(products))
+    first = outs + pairs
+    asm = (
+        f"{{ .reg .pred p, q; .reg .b32 t, u; mov.b32 t, {x[0]}; mov.b32 u, {x[1]}; {sums} setp.nan.{kind} p|q, t, u; "
+        f"or.pred p, p, q; mov.b32 t, 1; @p st.global.b32 [${first}], t; @p st.global.b32 [${first + n}], t; }}"
+    )
+    return asm, ",".join(["=r"] * outs + ["r"] * pairs + ["l"] * 2 * n)
+
+
+@gluon.jit
+def mark_nan(x, ptr, other_ptr):
+    """Write 1 to two places where x, 16 bits an element, has NaN (or inf, now and then)."""
+    PACK: gl.constexpr = x.shape[0] * x.shape[1] // 128
+    ASM: gl.constexpr = _mark_nan_asm(PACK, "bf16x2" if x.dtype == gl.bfloat16 else "f16x2")
+    ptr, _ = gl.broadcast(ptr.to(gl.int64), x)
+    other_ptr, _ = gl.broadcast(other_ptr.to(gl.int64), x)
+    gl.inline_asm_elementwise(ASM[0], ASM[1], [x, ptr, other_ptr], dtype=gl.int8, is_pure=False, pack=PACK)

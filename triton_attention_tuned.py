@@ -50,6 +50,7 @@ TILES = {
     ("fused hopper, long", "sm_90", 16, 64, True): Tile(192, 128, 64, 4, 2, registers=160),
     ("fused hopper, long", "sm_90, triton 3.9", 16, 64, True): Tile(128, 128, 64, 4, 4, registers=240),
     ("fused hopper", "sm_90", 16, 128, None): Tile(128, 128, 128, 4, 2, registers=240),
+    ("fused hopper", "sm_90", 16, 256, None): Tile(128, 64, 256, 4, 2, registers=240),
     ("fused backward hopper", "sm_90", 16, 64, None): Tile(128, 128, 64, 8, 2, SPAN=2, registers=240),
     ("fused backward hopper", "sm_90", 16, 128, None): Tile(64, 128, 128, 8, 3, SPAN=1, registers=240),
     ("fused dq", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.68
