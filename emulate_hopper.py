@@ -129,6 +129,7 @@ BUGS = {  # name: (what is there, what a tired author writes, a case that shows 
     "the last V kept": (
         "        _release(count - 1, V_FREE, STAGES, WARPGROUPS)\n        if BANDED", "        if BANDED", _FULL,
     ),
+    "the counter not left as it was": ("gl.store(counter_ptr, 0,", "gl.store(counter_ptr, 1,", _BANDED),
     "Q released while dK is in flight": (
         "dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])\n        mbarrier.arrive(empty.index(slot), count=1)",
         "mbarrier.arrive(empty.index(slot), count=1)\n        dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])",
