@@ -66,10 +66,11 @@ def steps(bounds, MASKED: tl.constexpr):
 
 @triton.jit
 def hyperbolic_tangent(x):
-    """tanh by a quotient of exponentials, and by its series where that would cancel."""
+    """tanh by a quotient of exponentials, by what is missing to 1 where that is less, and by its series near 0."""
     SMALL: tl.constexpr = 0.05 if x.dtype == tl.float64 else 0.3
     e = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - e) / (1.0 + e)
+    quotient = tl.where(e > 0.4, 1.0 - e, 2.0 * e) / (1.0 + e)
+    large = tl.where(e > 0.4, quotient, 1.0 - quotient)
     y = x * x
     series = 1.0 - y * (1.0 / 3 - y * (2.0 / 15 - y * (17.0 / 315 - y * (62.0 / 2835 - y * 1382.0 / 155925))))
     series *= tl.abs(x)
