@@ -151,7 +151,9 @@ def test_hopper_repair(left, right, block_m, block_d):
     """NaN and inf in V where some of a tile's queries do not see it: the tile is computed again, for who does."""
     q, k, v = (torch.randn(1, 2, 200, block_d - 32) for _ in range(3))
     v[:, :, 130], v[0, 1, 70, 3], v[0, 1, 71, 3:5] = NAN, INF, -INF
-    o, lse = emulate_hopper.forward(q, k, v, 0.2, left, right, block_m, block_d)
+    o, lse, log = emulate_hopper.forward(q, k, v, 0.2, left, right, block_m, block_d)
+    marked = log[:-2, : block_m // 64] > 0  # of the tiles; two programs have an entry too
+    assert marked.any() and not marked.all()
     expected, expected_lse = emulate_hopper.exact(q, k, v.nan_to_num(0.0, 0.0, 0.0), 0.2, left, right)
     sees = torch.ones(200, 200).tril(right).triu(left if left is not None else -200) > 0
     for n in (70, 71, 130):  # adds inf, -inf or NaN where it is seen

@@ -78,14 +78,14 @@ def _walk(
 
 
 @triton.jit
-def walk_one_by_one(
+def _walk_one_by_one(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
     m_i, begin, end, M, N, left, right, scale, dropout_p,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """acc of a few rows, without the products 0 * NaN of a dot; m_i is their final maximum, or lse: then acc is O."""
+    """acc of a few rows, without the products 0 * NaN of a dot; m_i is their final maximum."""
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q = whole(load_parts(q_ptr, q_strides, (M, D), offs_m, offs_d, PRECISION), PRECISION).to(m_i.dtype) * SIGN
     acc = tl.zeros([offs_m.shape[0], BLOCK_DV], m_i.dtype)
@@ -180,7 +180,7 @@ def _fwd_kernel(
                 here = tl.arange(0, BLOCK_M)[None, :] == chosen[:, None]
                 m_few = tl.max(tl.where(here, m_i[None, :], float("-inf")), 1)
                 factor_few = tl.sum(tl.where(here, factor[None, :], 0.0), 1)
-                acc_few = walk_one_by_one(
+                acc_few = _walk_one_by_one(
                     q_ptr, (stride_qm, stride_qd), k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides,
                     seed, off_b, off_h, start_m + chosen, m_few, bounds[0], bounds[3], M, N, left, right, scale,
                     dropout_p, D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PRECISION,

@@ -22,8 +22,8 @@ sections, of two tiles a multiprocessor, so that K and V stay in L2: at S 512, D
 O is scaled only where the exponentials of a row have outgrown its maximum by a factor of 256 since the last time; else
 a warp jumps over it, and weights up to 256 do no harm, as FlashAttention-4 found on Blackwell. That was the largest
 single gain: 5 to 8 % at D 128, 3 to 6 % at D 64. A causal call is one launch: the counter is left at zero for the next
-(counter in triton_attention_replay.py), and NaN in hidden values is found and repaired within, by what is described in
-triton_attention_hopper_mask.py.
+(counter in triton_attention_replay.py; a CUDA graph zeroes its own), and NaN in hidden values is found and repaired
+within, by what is described in triton_attention_hopper_mask.py.
 
 In the softmax, by cycles that a profiler counted (S 8192): a thread's maxima, of two rows, are computed by halves, and
 both before the exponentials of the first, else ptxas, short of registers, does one row after the other (D 64 12 %);
@@ -403,7 +403,7 @@ def _forward_kernel(
 
 
 def applies(q, k, v, o, scale, processors):
-    """Whether the kernel takes these inputs, is worth its descriptors and fills the GPU; else the plain kernel runs."""
+    """Whether the kernel takes these inputs, is worth its descriptors and fills half of the GPU; else the plain one."""
     (B, H, M, D), (N, DV) = q.shape, v.shape[2:]
     return (
         q.element_size() == 2 and 0 < D <= WIDEST and 0 < DV <= WIDEST and M > 16
@@ -437,7 +437,7 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
         _forward_kernel, min(items, processors),
         describe(q, ROWS.value, tile.BLOCK_D), describe(k, tile.BLOCK_N, tile.BLOCK_D),
         describe(v, tile.BLOCK_N, tile.BLOCK_D), describe(o, ROWS.value, tile.BLOCK_D),
-        lse, counter(q.device), log, scale * LOG2E,
+        lse, counter(q.device) if banded else log, log, scale * LOG2E,
         items, row_tiles, B * H, section_of(B * H, row_tiles, processors) if banded else 1, H, H // Hk, M, N,
         left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,

@@ -66,7 +66,7 @@ def steps(bounds, MASKED: tl.constexpr):
 
 @triton.jit
 def hyperbolic_tangent(x):
-    """tanh by a quotient of exponentials, by what is missing to 1 where that is less, and by its series near 0."""
+    """tanh by a quotient of exponentials, by what it lacks of 1 away from 0, and by its series near 0."""
     SMALL: tl.constexpr = 0.05 if x.dtype == tl.float64 else 0.3
     e = tl.exp(-2.0 * tl.abs(x))
     quotient = tl.where(e > 0.4, 1.0 - e, 2.0 * e) / (1.0 + e)

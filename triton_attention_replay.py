@@ -7,9 +7,10 @@
                   for each pointer, the launches        what is left of the host's work: a tenth
 
 The key of a call has everything that its launches depend on: shapes, strides, dtypes, the alignment of addresses, which
-arguments are one tensor, the options. Only a launcher that does nothing but view its arguments, take empty memory and
-launch can be replayed. A TorchDispatchMode watches the second call: whoever computes anything by PyTorch is refused,
-and runs in full each time. So is every call that torch.compile, vmap or another mode has to see.
+arguments are one tensor, the options, the stream. Only a launcher that does nothing but view its arguments, take empty
+memory and launch can be replayed. A TorchDispatchMode watches the second call: whoever computes anything by PyTorch is
+refused, and runs in full each time. So is every call that torch.compile, vmap or another mode has to see, or a CUDA
+graph records.
 """
 
 import contextlib
@@ -180,7 +181,7 @@ def _understand(recorder, tensors, out):
     ambiguous = recorder.moves and len({s for _, s in inputs}) < len(inputs)  # two inputs of one storage, and slices
     if recorder.computes or ambiguous or not recorder.launches:
         return False
-    counters = [t.data_ptr() for t in _counters.values()]
+    counters = [t.data_ptr() for t in list(_counters.values())]
     launches = []
     for run, args in recorder.launches:
         pointers = []
