@@ -68,9 +68,9 @@ LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 K_FREE, V_FREE = gl.constexpr(8), gl.constexpr(12)  # the first of four named barriers; those below are Triton's
 LONG = 4096  # queries and keys from which causal attention with D up to 64 takes the longer tiles of three warpgroups
 ENOUGH = 2  # of those tiles a multiprocessor; with fewer, the longest of them leave most of the GPU idle at the end
-SMALLEST = 1 << 31  # floating-point operations from which the kernel is worth its descriptors
+SMALLEST = 1 << 31  # floating-point operations from which the kernel is worth its descriptors: an estimate
 WIDEST = 256 if TRITON < (3, 9) else 128  # head dim; wider ones with a mask spill with the ptxas of Triton 3.9
-FEWEST = 0.48  # tiles of 128 queries a multiprocessor; with fewer, the plain kernel, which splits the keys, is faster
+FEWEST = 0.48  # tiles of 128 queries a multiprocessor, an estimate; with fewer, the plain kernel splits the keys
 
 
 # ---- which tile of queries
