@@ -101,7 +101,7 @@ def usage(kernel):
     return tuple(int(re.search(rf"\.{f}:\s*(\d+)", text).group(1)) for f in ("vgpr_count", "vgpr_spill_count"))
 
 
-OWN_BARRIERS = r"\bbar(?:rier)?\.(?:cta\.)?(?:sync|arrive|red)\S*\s+(?:[89]|1[0-5])\b"  # of the forward kernel
+OWN_BARRIERS = r"\bbar(?:rier)?\.(?:cta\.)?(?:sync|arrive|red)\S*\s+(?:[89]|1[0-5])\b"  # of the Hopper kernels
 
 
 def softmax_beneath(kernel):
@@ -166,14 +166,14 @@ def launches(architecture, quick=False):
             if D <= 128:
                 yield f"scores on Hopper bfloat16 D{D}", scores_hopper, (q, q, 0.125)
             lse = torch.zeros(1, 2, 256)
-            kinds = (("full", None, None), ("causal", None, 0), ("window", -64, 0))
-            kinds = kinds[: 2 if quick else 3]
+            kinds = (("full", None, None), ("causal", None, 0), ("window", -64, 0))[: 2 if quick else 3]
             for kind, left, right in kinds:
                 yield f"fused on Hopper bfloat16 D{D} {kind}", forward, (q, q, q, q, lse, 0.125, left, right, 132)
             if D == 64:
                 long = q.repeat(1, 6, 16, 1)
-                arguments = (long, long, long, long, lse.repeat(1, 6, 16), 0.125, None, 0, 132)
-                yield f"fused on Hopper bfloat16 D{D} causal, long", forward, arguments
+                saved = (long, lse.repeat(1, 6, 16), 0.125, None)
+                for kind, right in (("full", None), ("causal", 0), ("causal, unaligned", 10))[: 2 if quick else 3]:
+                    yield f"fused on Hopper bfloat16 D{D} {kind}, long", forward, (long, long, long, *saved, right, 132)
             for kind, left, right in kinds if D <= 128 else ():
                 arguments = (q, None, q, q, q, q, lse, lse[..., None].repeat(1, 1, 1, 4), q, q, q, 0.125, left, right)
                 yield f"fused backward on Hopper bfloat16 D{D} {kind}", backward, arguments
@@ -220,7 +220,7 @@ def rows(name, quick):
             overlaps = name_of_kernel in ("_forward_kernel", "_backward_kernel") and "D256" not in label
             if overlaps and registers > 128 and not softmax_beneath(kernel):
                 problems.append("the exponentials are not beneath a product")
-            if name_of_kernel == "_forward_kernel" and re.search(OWN_BARRIERS, kernel.asm["ptx"]):
+            if name_of_kernel in ("_forward_kernel", "_backward_kernel") and re.search(OWN_BARRIERS, kernel.asm["ptx"]):
                 problems.append("Triton has taken a named barrier of the kernel's own")
             row = (label + PARTS.get(name_of_kernel, ""), registers, spills, shared, ", ".join(problems))
             out += [row] if row not in out else []

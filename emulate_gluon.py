@@ -130,9 +130,10 @@ class Product:
 
 
 class Program(threading.local):
-    """Who a thread is, how many threads of the GPU it stands for, the named barriers they use, its stores in flight."""
+    """Who a thread is, how many threads of the GPU the first partition has, and how many this one stands for, the named
+    barriers they use, its stores in flight."""
 
-    number, size, threads, named, stores, landing = 0, 1, 0, None, (), ()
+    number, size, first, threads, named, stores, landing = 0, 1, 128, 0, None, (), ()
 
 
 here = Program()
@@ -197,10 +198,10 @@ def load_from(ptr, mask=None, other=0):
     return torch.where(mask, ptr.data[torch.where(mask, ptr.offset, 0)], other)
 
 
-def atomic_add(ptr, value, sem):
+def take_number(ptr):
     with changed:
-        ptr.data[ptr.offset] += value
-        return int(ptr.data[ptr.offset]) - value
+        ptr.data[ptr.offset] += 1
+        return int(ptr.data[ptr.offset]) - 1
 
 
 class NamedBarriers(dict):
@@ -234,11 +235,11 @@ def meet_at(number, threads):
 
 def together(jobs, named=None):
     """Run (program number, function, arguments[, threads of the GPU]) each in a thread; raise the first error."""
-    errors, size = [], here.size
+    errors, size, first = [], here.size, here.first
 
     def work(number, function, args, threads=0):
         here.number, here.size, here.stores, here.landing = number, size, (), ()
-        here.threads, here.named = threads, named
+        here.first, here.threads, here.named = first, threads, named
         try:
             function(*args)
             land()
@@ -255,7 +256,7 @@ def together(jobs, named=None):
 
 
 def warp_specialize(partitions, warps, registers):
-    threads = [128] + [32 * count for count in warps]  # the first partition has the warps of the launch
+    threads = [here.first] + [32 * count for count in warps]  # the first partition has the warps of the launch
     jobs = zip(partitions, threads, strict=True)
     together([(here.number, function, args, count) for (function, args), count in jobs], NamedBarriers())
 
@@ -290,7 +291,7 @@ LANGUAGE = SimpleNamespace(
     arange=lambda start, end, layout: torch.arange(start, end), expand_dims=lambda x, axis: x.unsqueeze(axis),
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log=torch.log, abs=torch.abs,
     reshape=torch.reshape, permute=torch.permute, broadcast=torch.broadcast_tensors,
-    convert_layout=lambda x, layout: x, load=load_from, store=store, atomic_add=atomic_add,
+    convert_layout=lambda x, layout: x, load=load_from, store=store,
     warp_specialize=warp_specialize, allocate_shared_memory=allocate,
     NVMMADistributedLayout=nothing, NVMMASharedLayout=nothing, DotOperandLayout=nothing,
     SliceLayout=nothing, BlockedLayout=nothing, SwizzledSharedLayout=nothing,
@@ -298,7 +299,8 @@ LANGUAGE = SimpleNamespace(
 NAMES = {
     "gl": LANGUAGE, "fence_async_shared": nothing, "store_async": store_async, "add_async": add_async,
     "_publish": publish, "_spin_until": spin_until, "inline": lambda asm, x: int(x), "opaque": int, "uniform": int,
-    "arrive_at": arrive_at, "meet_at": meet_at, "both_first": lambda x: x, "_along": lambda x, sums: x.unsqueeze(1),
+    "arrive_at": arrive_at, "meet_at": meet_at, "barrier": nothing, "take_number": take_number,
+    "both_first": lambda x: x, "_along": lambda x, sums: x.unsqueeze(1),
     "tma": SimpleNamespace(store_wait=store_wait), "written": land, "program": lambda: here.number,
     "rescale": lambda x, alpha: x * alpha, "mark_nan": mark_nan,
     "load_async": lambda desc, at, barrier, place: desc.load(at, barrier, place),

@@ -36,9 +36,10 @@ def forward(
         Descriptor(o, 64, block_d),
         Pointer(lse), Pointer(counter), Pointer(log), scale * 1.4426950408889634,
         items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
-        left is not None, right is not None, block_m, block_n, block_d, stages, q_stages, 0, 0,
+        left is not None, right is not None, left is not None or right is not None and right % 64 != 0,
+        block_m, block_n, block_d, stages, q_stages, 0, 0,
     )
-    here.size = programs
+    here.size, here.first = programs, 128
     together([(number, kernel._forward_kernel, arguments) for number in range(programs)])
     assert counter == 0, "the counter is not left as it was found"
     return o, lse.view(B, H, M), log.view(-1, 4)
@@ -62,6 +63,7 @@ def backward(
         tiles, B * Hk, section, Hk, H // Hk, -(-M // block_m), N, left or 0, outer or 0,
         left is not None, outer is not None, block_m, wide, stages, dq_stages, 0,
     )
+    here.first = 256
     together([(number, kernel._backward_kernel, arguments) for number in range(B * Hk * tiles)])
     kernels.finish(sums, dq, N, scale, left, right, block_m)
     return o, lse, dq, dk, dv
@@ -137,17 +139,17 @@ BUGS = {  # name: (what is there, what a tired author writes, a case that shows 
     ),
     "the counter not left as it was": ("gl.store(counter_ptr, 0,", "gl.store(counter_ptr, 1,", _BANDED),
     "Q released while dK is in flight": (
-        "dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])\n        mbarrier.arrive(empty.index(slot), count=1)",
-        "mbarrier.arrive(empty.index(slot), count=1)\n        dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])",
+        "dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])\n        arrive_at(FREE + slot, THREADS)",
+        "arrive_at(FREE + slot, THREADS)\n        dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])",
         _BACK,
     ),
     "dO not waited for": ("        mbarrier.wait(do_full.index(slot), step // STAGES & 1)\n", "", _BACK),
     "the next Q not waited for": ("step + 1 < steps)\n", "False)\n", _BACK),
-    "Q overwritten": ("mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)", "pass", _BACK),
+    "Q overwritten": ("        meet_at(FREE + slot, THREADS)\n", "", _BACK),
     "dQ overwritten while it is added": (
         "mbarrier.wait(dq_empty.index(slot), (step // DQ_STAGES & 1) ^ 1)", "pass", _BACK,
     ),
-    "dQ added before it is there": ("        mbarrier.wait(dq_full.index(slot), step // DQ_STAGES & 1)\n", "", _BACK),
+    "dQ added before it is there": ("        meet_at(DQ_FULL + slot, THREADS)\n", "", _BACK),
     "dQ added out of turn": ("        mbarrier.wait(come.index(step % 2), step // 2 & 1)\n", "", _BACK),
     "the turn not passed on": ("        _publish(tickets_ptr + tile, turn + 1)\n", "", _BACK),
     "dK stored before it is there": ("    mbarrier.wait(finished, 0)\n", "", _BACK),

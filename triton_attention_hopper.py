@@ -59,18 +59,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton_attention_hopper_mask import ROWS, close_log, hide, key_tiles, open_log, repair, write_down
 from triton_attention_launch import TRITON, launch, tile_for
 from triton_attention_ptx import (
-    arrive_at, both_first, inline, mark_nan, meet_at, opaque, program, rescale, uniform, written,
+    arrive_at, both_first, inline, mark_nan, meet_at, opaque, program, rescale, take_number, uniform, written,
 )
 from triton_attention_replay import counter
 from triton_attention_tma import describe, load_async, readable, store_async
 
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 K_FREE, V_FREE = gl.constexpr(8), gl.constexpr(12)  # the first of four named barriers; those below are Triton's
-LONG = 4096  # queries and keys from which causal attention with D up to 64 takes the longer tiles of three warpgroups
+LONG = 2048  # queries and keys from which D up to 64 takes tiles of three warpgroups; twice as many, if causal
 ENOUGH = 2  # of those tiles a multiprocessor; with fewer, the longest of them leave most of the GPU idle at the end
-SMALLEST = 1 << 31  # floating-point operations from which the kernel is worth its descriptors: an estimate
+SMALLEST = 1 << 31  # floating-point operations from which the kernel is worth its descriptors
 WIDEST = 256 if TRITON < (3, 9) else 128  # head dim; wider ones with a mask spill with the ptxas of Triton 3.9
-FEWEST = 0.48  # tiles of 128 queries a multiprocessor, an estimate; with fewer, the plain kernel splits the keys
+FEWEST = 0.48  # tiles of 128 queries a multiprocessor; with fewer, the plain kernel splits the keys
 
 
 # ---- which tile of queries
@@ -161,10 +161,8 @@ def _fetch(
     off_b, off_h, start_m = _place(item, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
     while item < items:
         following = item + gl.num_programs(0)
-        if LEFT or RIGHT:  # whoever is done first takes the next; asked for early, as the answer takes its time
-            taken = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-            gl.store(counter_ptr, 0, mask=taken == items - 1)  # the last one leaves it as it was
-            following = gl.num_programs(0) + taken
+        if LEFT or RIGHT:  # whoever is done first takes the next number; the answer takes its time
+            taken = take_number(counter_ptr)
             before = write_down(log_ptr, (off_b * H + off_h) * row_tiles + start_m // BLOCK_M, before, WARPGROUPS)
         first, last = key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
         _announce(off_b, off_h, start_m, tickets, q_empty, turn, Q_STAGES, WARPGROUPS)
@@ -180,6 +178,10 @@ def _fetch(
             count += 1
         _put(v_desc, off_b, off_h // GROUP, first * BLOCK_N, v_bufs, v_full, count, V_FREE, STAGES, WARPGROUPS)
         count += 1
+        if LEFT or RIGHT:
+            taken = uniform(taken)
+            gl.store(counter_ptr, 0, mask=taken == items - 1)  # the last one leaves it as it was
+            following = gl.num_programs(0) + taken
         next_b, next_h, next_m = _place(following, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
         turn += 1
         item, off_b, off_h, start_m = following, next_b, next_h, next_m
@@ -238,10 +240,10 @@ def _along(x, sums):
 @gluon.jit
 def _attend(
     out, rings, work,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WARPGROUP: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, EDGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WARPGROUP: gl.constexpr,
 ):
-    """One warpgroup: 64 queries of every tile."""
+    """One warpgroup: 64 queries of every tile. EDGES: of which some miss keys of further tiles than the first."""
     o_desc, o_bufs, lse_ptr, log_ptr, scale = out
     q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, v_full, tickets = rings
     items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
@@ -292,7 +294,7 @@ def _attend(
             o_token = warpgroup_mma(p_16, v, acc, is_async=True)
             s = warpgroup_mma_wait(1, [s_token])
             _release(count, K_FREE, STAGES, WARPGROUPS)
-            if BANDED:
+            if EDGES:
                 start_n = (own_last - step) * BLOCK_N
                 edge = gl.to_tensor(False)
                 if RIGHT:
@@ -348,8 +350,8 @@ def _attend(
 def _forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, counter_ptr, log_ptr, scale,
     items, row_tiles, heads, section, H, GROUP, M, N, left, right,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, REGISTERS: gl.constexpr, REST: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, EDGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, REGISTERS: gl.constexpr, REST: gl.constexpr,
 ):
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     gl.static_assert(STAGES <= V_FREE - K_FREE)
@@ -380,16 +382,16 @@ def _forward_kernel(
     work = (items, row_tiles, heads, section, H, GROUP, M, N, left, right)
     if WARPGROUPS == 2:
         gl.warp_specialize([
-            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 0)),
-            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 1)),
+            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 0)),
+            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 1)),
             (_fetch, (q_desc, k_desc, v_desc, counter_ptr, log_ptr, rings, work,
                       LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES, Q_STAGES)),
         ], [4, 1], [REGISTERS, REST])
     else:
         gl.warp_specialize([
-            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 0)),
-            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 1)),
-            (_attend, (out, rings, work, LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 2)),
+            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 0)),
+            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 1)),
+            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 2)),
             (_fetch, (q_desc, k_desc, v_desc, counter_ptr, log_ptr, rings, work,
                       LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES, Q_STAGES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, REST])
@@ -427,11 +429,13 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
     if scale < 0.0:  # the maximum of scores is sought before they are scaled
         q, scale = -q, -scale
     banded = left is not None or right is not None
-    long = left is None and min(M, N) >= LONG and B * H * triton.cdiv(M, 3 * ROWS.value) >= ENOUGH * processors
+    long = left is None and min(M, N) >= (2 * LONG if banded else LONG)
+    long = long and B * H * triton.cdiv(M, 3 * ROWS.value) >= ENOUGH * processors
     tile = tile_for("fused hopper, long" if long else "fused hopper", q.dtype, max(D, DV), banded)
     row_tiles, warpgroups = triton.cdiv(M, tile.BLOCK_M), tile.BLOCK_M // ROWS.value
     items = B * H * row_tiles
     registers = (1 << 16) // (128 * (warpgroups + 1)) // 8 * 8  # of a thread, before they are dealt out
+    edges = left is not None or right is not None and right % ROWS.value != 0
     log = lse.new_empty(4 * (items + processors) if banded else 1, dtype=torch.int32)
     launch(
         _forward_kernel, min(items, processors),
@@ -441,6 +445,7 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
         items, row_tiles, B * H, section_of(B * H, row_tiles, processors) if banded else 1, H, H // Hk, M, N,
         left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,
+        EDGES=edges or banded and tile.BLOCK_D > 64,  # wider ones: where the branch is, ptxas releases K earlier
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages,
         Q_STAGES=2 if tile.BLOCK_D <= 128 else 1,  # more do not fit
         REGISTERS=tile.registers,

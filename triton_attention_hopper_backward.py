@@ -43,12 +43,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_attention_launch import launch, tile_for
 from triton_attention_logits import store_pair
-from triton_attention_ptx import opaque, uniform
+from triton_attention_ptx import arrive_at, barrier, meet_at, opaque, uniform
 from triton_attention_tiles import head_ptr, load_tile, store_tile
 from triton_attention_tma import add_async, describe, describe_rows, load_async, readable, store_async
 
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 KEYS = gl.constexpr(128)  # of a program
+FREE, DQ_FULL = gl.constexpr(8), gl.constexpr(12)  # the first of four named barriers; those below are Triton's
+THREADS = gl.constexpr(288)  # that use one: the eight warps which multiply, and another
 SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
 FEWEST = 1  # programs a multiprocessor; with fewer, the plain kernels take more and smaller tiles
 L2 = 32 << 20  # bytes: heads whose queries, and what belongs to them, fit there are worked on together
@@ -108,7 +110,7 @@ def _fetch(
 ):
     q_desc, k_desc, v_desc, do_desc, stats_desc = descs
     k_buf, v_buf, k_full, v_full, finished = keys
-    q_bufs, do_bufs, stats_bufs, q_full, do_full, empty = queries
+    q_bufs, do_bufs, stats_bufs, q_full, do_full = queries
     tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
     tile_n, head = _place(work)
     first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
@@ -119,7 +121,7 @@ def _fetch(
         slot = step % STAGES
         tile_m, tile = _step(step, first, count, head, work)
         off_h = off_hk * GROUP + step // count
-        mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
+        meet_at(FREE + slot, THREADS)
         mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
         load_async(q_desc, [off_b, off_h, tile_m * BLOCK_M, 0], q_full.index(slot), q_bufs.index(slot))
         load_async(stats_desc, [tile, 0], q_full.index(slot), stats_bufs.index(slot))
@@ -170,7 +172,7 @@ def _store(
 ):
     """dQ of every step, when it is its turn; at the end dK and dV, from the places of K and V."""
     k_buf, v_buf, k_full, v_full, finished = keys
-    dq_bufs, dq_full, dq_empty = dq_parts
+    dq_bufs, dq_empty = dq_parts
     come, gone = turns
     tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
     tile_n, head = _place(work)
@@ -180,7 +182,7 @@ def _store(
         turn = _turn(tile_n, tile_m, work, RIGHT, BLOCK_M)
         slot = step % DQ_STAGES
         mbarrier.wait(come.index(step % 2), step // 2 & 1)
-        mbarrier.wait(dq_full.index(slot), step // DQ_STAGES & 1)
+        meet_at(DQ_FULL + slot, THREADS)
         if turn == 0:
             store_async(sum_desc, [tile * 64, 0], dq_bufs.index(slot))
         else:
@@ -222,7 +224,7 @@ def _hide(s, after_n, at_left, at_right, LEFT: gl.constexpr, RIGHT: gl.constexpr
 @gluon.jit
 def _hand_on(dq, step, dq_parts, BLOCK_D: gl.constexpr, DQ_STAGES: gl.constexpr):
     """dQ to the warp that stores, in the order of the registers: 16 contiguous bytes a thread at a time."""
-    dq_bufs, dq_full, dq_empty = dq_parts
+    dq_bufs, dq_empty = dq_parts
     # (warpgroup, 8 columns, warp, row, 2 columns, upper or lower 8 rows, column): _finish_kernel undoes it
     if BLOCK_D == 128:
         x = gl.permute(gl.reshape(dq, [4, 2, 8, 2, 8, 4, 2]), [3, 4, 0, 2, 5, 1, 6])
@@ -232,7 +234,7 @@ def _hand_on(dq, step, dq_parts, BLOCK_D: gl.constexpr, DQ_STAGES: gl.constexpr)
     mbarrier.wait(dq_empty.index(slot), (step // DQ_STAGES & 1) ^ 1)
     dq_bufs.index(slot).store(gl.reshape(x, [64, 128]))
     fence_async_shared()
-    mbarrier.arrive(dq_full.index(slot), count=1)
+    arrive_at(DQ_FULL + slot, THREADS)
 
 
 @gluon.jit
@@ -242,7 +244,7 @@ def _multiply(
     STAGES: gl.constexpr, DQ_STAGES: gl.constexpr,
 ):
     k_buf, v_buf, k_full, v_full, finished = keys
-    q_bufs, do_bufs, stats_bufs, q_full, do_full, empty = queries
+    q_bufs, do_bufs, stats_bufs, q_full, do_full = queries
     tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
     BANDED: gl.constexpr = LEFT or RIGHT
     dtype: gl.constexpr = q_bufs.dtype
@@ -265,18 +267,28 @@ def _multiply(
     dv = gl.zeros([KEYS, BLOCK_D], gl.float32, d_layout)
     zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, s_layout)
     dq_zeros = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, dq_layout)
+    for place in gl.static_range(STAGES):
+        arrive_at(FREE + place, THREADS)
     mbarrier.wait(k_full, 0)
     mbarrier.wait(v_full, 0, pred=steps > 0)
     if BANDED:
-        _make_finite(k, d_layout)
-        _make_finite(v, d_layout)
+        row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [8, 1], [1, 0])
+        _make_finite(k, row_layout)
+        _make_finite(v, row_layout)
         fence_async_shared()
+    k_left = k
+    if BLOCK_D == 64 and not LEFT:  # there are registers for it
+        k_left = k.load(gl.DotOperandLayout(0, s_layout, k_width=2))
     mbarrier.wait(q_full.index(0), 0, pred=steps > 0)
+    barrier()
     for step in range(steps):
         slot = step % STAGES
         q = q_bufs.index(slot).reshape([BLOCK_M, BLOCK_D])
         do = do_bufs.index(slot).reshape([BLOCK_M, BLOCK_D])
         stats = stats_bufs.index(slot).reshape([2 * BLOCK_M])
+        mbarrier.wait(do_full.index(slot), step // STAGES & 1)
+        delta = gl.expand_dims(stats.slice(BLOCK_M, BLOCK_M).load(query_layout), 0)
+        delta, _ = gl.broadcast(delta, zeros)
         if BANDED:
             edge = after_n < KEYS
             if RIGHT:
@@ -288,12 +300,9 @@ def _multiply(
                 hidden = _hide(zeros, after_n, at_left - start_m, at_right - start_m, LEFT, RIGHT, s_layout)
             start_m += BLOCK_M
             start_m = gl.where(start_m == end_m, first_m, start_m)
-            s_token = warpgroup_mma(k, q.permute((1, 0)), hidden, use_acc=edge, is_async=True)
+            s_token = warpgroup_mma(k_left, q.permute((1, 0)), hidden, use_acc=edge, is_async=True)
         else:
-            s_token = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        mbarrier.wait(do_full.index(slot), step // STAGES & 1)
-        delta = gl.expand_dims(stats.slice(BLOCK_M, BLOCK_M).load(query_layout), 0)
-        delta, _ = gl.broadcast(delta, zeros)
+            s_token = warpgroup_mma(k_left, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
         dp_token = warpgroup_mma(v, do.permute((1, 0)), delta, is_async=True)
         lse = stats.slice(0, BLOCK_M).load(query_layout)
         s = warpgroup_mma_wait(1, [s_token])
@@ -305,15 +314,17 @@ def _multiply(
         ds = (p * dp).to(dtype)
         ds_buf = ds_bufs.index(step % 2)
         ds_buf.store(ds)
-        fence_async_shared()
         dv_token = warpgroup_mma(p_16, do, dv, is_async=True)
+        fence_async_shared()
         dq_token = warpgroup_mma(ds_buf.permute((1, 0)), k, dq_zeros, use_acc=False, is_async=True)
+        barrier()  # here, where all are anyway: Triton wants one before dS is stored again, and before the wait for Q
         dk_token = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
         dq = warpgroup_mma_wait(1, [dq_token])
         _hand_on(dq, step, dq_parts, BLOCK_D, DQ_STAGES)
         dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])
-        mbarrier.arrive(empty.index(slot), count=1)
+        arrive_at(FREE + slot, THREADS)
 
+    barrier()  # all have read K
     v.store(dv.to(dtype))
     k.store((dk * (scale_2 * LN2)).to(dtype))
     fence_async_shared()
@@ -343,8 +354,6 @@ def _backward_kernel(
     finished = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    dq_full = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], mbarrier.MBarrierLayout())
     dq_empty = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], mbarrier.MBarrierLayout())
     come = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     gone = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -354,9 +363,7 @@ def _backward_kernel(
     for slot in gl.static_range(STAGES):
         mbarrier.init(q_full.index(slot), count=1)
         mbarrier.init(do_full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
     for slot in gl.static_range(DQ_STAGES):
-        mbarrier.init(dq_full.index(slot), count=1)
         mbarrier.init(dq_empty.index(slot), count=1)
     for slot in gl.static_range(2):
         mbarrier.init(come.index(slot), count=1)
@@ -364,8 +371,8 @@ def _backward_kernel(
     fence_async_shared()
 
     keys = (k_buf, v_buf, k_full, v_full, finished)
-    queries = (q_bufs, do_bufs, stats_bufs, q_full, do_full, empty)
-    dq_parts = (dq_bufs, dq_full, dq_empty)
+    queries = (q_bufs, do_bufs, stats_bufs, q_full, do_full)
+    dq_parts = (dq_bufs, dq_empty)
     turns = (come, gone)
     descs = (q_desc, k_desc, v_desc, do_desc, stats_desc)
     work = (tiles, heads, section, Hk, GROUP, row_tiles, N, left, right)

@@ -3,6 +3,8 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # of all warps of a partition; Triton 3.7 renamed it
+
 
 @gluon.jit
 def inline(ASM: gl.constexpr, x):
@@ -39,6 +41,16 @@ def both_first(x):
     """x, two elements a thread, of which ptxas computes both before it uses the first: max(x_0, min(x_1, -inf))."""
     ASM: gl.constexpr = "{ .reg .f32 t; min.f32 t, $3, 0fFF800000; max.f32 $0, $2, t; mov.b32 $1, $3; }"
     return gl.inline_asm_elementwise(ASM, "=&f,=f,f,f", [x], dtype=gl.float32, is_pure=False, pack=2)
+
+
+@gluon.jit
+def take_number(ptr):
+    """Add 1 to a number in memory: what it was before, in the first lane. A warp goes on until it asks for that."""
+    ASM: gl.constexpr = (
+        "{ .reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; mov.u32 $0, 0; "
+        "@p atom.relaxed.gpu.global.add.u32 $0, [$1], 1; }"
+    )
+    return gl.inline_asm_elementwise(ASM, "=&r,l", [ptr.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
