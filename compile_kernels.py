@@ -175,7 +175,8 @@ def launches(architecture, quick=False):
                 for kind, right in (("full", None), ("causal", 0), ("causal, unaligned", 10))[: 2 if quick else 3]:
                     yield f"fused on Hopper bfloat16 D{D} {kind}, long", forward, (long, long, long, *saved, right, 132)
             for kind, left, right in kinds if D <= 128 else ():
-                arguments = (q, None, q, q, q, q, lse, lse[..., None].repeat(1, 1, 1, 4), q, q, q, 0.125, left, right)
+                record = lse[..., None].repeat(1, 1, 1, 4)
+                arguments = (q, None, q, q, q, q, lse, record, q, q, q, 0.125, left, right, 132)
                 yield f"fused backward on Hopper bfloat16 D{D} {kind}", backward, arguments
     for dtype, D in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64), (torch.float64, 64)):
         name = str(dtype).removeprefix("torch.")

@@ -297,8 +297,8 @@ LANGUAGE = SimpleNamespace(
     SliceLayout=nothing, BlockedLayout=nothing, SwizzledSharedLayout=nothing,
 )
 NAMES = {
-    "gl": LANGUAGE, "fence_async_shared": nothing, "store_async": store_async, "add_async": add_async,
-    "_publish": publish, "_spin_until": spin_until, "inline": lambda asm, x: int(x), "opaque": int, "uniform": int,
+    "gl": LANGUAGE, "TRITON": (3, 6), "fence_async_shared": nothing, "store_async": store_async, "add_async": add_async,
+    "publish": publish, "spin_until": spin_until, "inline": lambda asm, x: int(x), "opaque": int, "uniform": int,
     "arrive_at": arrive_at, "meet_at": meet_at, "barrier": nothing, "take_number": take_number,
     "both_first": lambda x: x, "_along": lambda x, sums: x.unsqueeze(1),
     "tma": SimpleNamespace(store_wait=store_wait), "written": land, "program": lambda: here.number,

@@ -46,7 +46,8 @@ def forward(
 
 
 def backward(
-    q, k, v, do, dlse, scale, left=None, right=None, block_m=128, section=1, dq_stages=1, stages=2, source=None
+    q, k, v, do, dlse, scale, left=None, right=None, block_m=128, section=1, dq_stages=1, stages=2, programs=3,
+    source=None,
 ):
     """(O, lse, dQ, dK, dV), the first two by PyTorch; block_m 128: D up to 64, 64: up to 128."""
     kernel = load(source or BACKWARD.read_text())
@@ -56,15 +57,17 @@ def backward(
     sums = torch.full((64 * len(tickets), 128), torch.nan)
     dq, dk, dv = (torch.full_like(t, torch.nan) for t in (q, k, v))
     tiles, outer = -(-N // 128), N if left is None and right is None else right
+    counter = torch.zeros(1, dtype=torch.int32)
     arguments = (
         Descriptor(q, block_m, wide), Descriptor(k, 128, wide), Descriptor(v, 128, wide), Descriptor(do, block_m, wide),
         Descriptor(stats, 1, 2 * block_m), Descriptor(sums, 64, 128), Descriptor(dk, 128, wide),
-        Descriptor(dv, 128, wide), Pointer(tickets), scale * 1.4426950408889634,
+        Descriptor(dv, 128, wide), Pointer(tickets), Pointer(counter), scale * 1.4426950408889634,
         tiles, B * Hk, section, Hk, H // Hk, -(-M // block_m), N, left or 0, outer or 0,
         left is not None, outer is not None, block_m, wide, stages, dq_stages, 0,
     )
-    here.first = 256
-    together([(number, kernel._backward_kernel, arguments) for number in range(B * Hk * tiles)])
+    here.size, here.first = programs, 256
+    together([(number, kernel._backward_kernel, arguments) for number in range(programs)])
+    assert counter == 0, "the counter is not left as it was found"
     kernels.finish(sums, dq, N, scale, left, right, block_m)
     return o, lse, dq, dk, dv
 
@@ -103,7 +106,7 @@ CASES = [
     {"back": True}, {"back": True, "right": 0}, {"back": True, "right": 100, "stages": 3, "dq_stages": 2},
     {"back": True, "left": -60, "right": 10, "block_m": 64}, {"back": True, "left": 30},
     {"back": True, "right": -200, "section": 2}, {"back": True, "block_m": 64},
-    {"back": True, "left": 90, "right": 20, "block_m": 64, "stages": 3},
+    {"back": True, "left": 90, "right": 20, "block_m": 64, "stages": 3, "programs": 8},
 ]
 _BACK = {"back": True, "block_m": 64, "right": 300}
 _BANDED, _FULL = {"left": -60, "right": 10, "block_m": 192}, {"programs": 1}
@@ -139,20 +142,26 @@ BUGS = {  # name: (what is there, what a tired author writes, a case that shows 
     ),
     "the counter not left as it was": ("gl.store(counter_ptr, 0,", "gl.store(counter_ptr, 1,", _BANDED),
     "Q released while dK is in flight": (
-        "dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])\n        arrive_at(FREE + slot, THREADS)",
-        "arrive_at(FREE + slot, THREADS)\n        dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])",
+        "dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])\n            arrive_at(FREE + slot, THREADS)",
+        "arrive_at(FREE + slot, THREADS)\n            dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])",
         _BACK,
     ),
-    "dO not waited for": ("        mbarrier.wait(do_full.index(slot), step // STAGES & 1)\n", "", _BACK),
+    "dO not waited for": ("            mbarrier.wait(do_full.index(slot), total // STAGES & 1)\n", "", _BACK),
     "the next Q not waited for": ("step + 1 < steps)\n", "False)\n", _BACK),
-    "Q overwritten": ("        meet_at(FREE + slot, THREADS)\n", "", _BACK),
+    "Q overwritten": ("meet_at(FREE + slot, THREADS)", "pass", _BACK),
     "dQ overwritten while it is added": (
-        "mbarrier.wait(dq_empty.index(slot), (step // DQ_STAGES & 1) ^ 1)", "pass", _BACK,
+        "mbarrier.wait(dq_empty.index(slot), (total // DQ_STAGES & 1) ^ 1)", "pass", {**_BACK, "programs": 8},
     ),
-    "dQ added before it is there": ("        meet_at(DQ_FULL + slot, THREADS)\n", "", _BACK),
-    "dQ added out of turn": ("        mbarrier.wait(come.index(step % 2), step // 2 & 1)\n", "", _BACK),
-    "the turn not passed on": ("        _publish(tickets_ptr + tile, turn + 1)\n", "", _BACK),
-    "dK stored before it is there": ("    mbarrier.wait(finished, 0)\n", "", _BACK),
+    "dQ added before it is there": ("meet_at(DQ_FULL + slot, THREADS)", "pass", _BACK),
+    "dQ added out of turn": ("mbarrier.wait(come.index(total % 2), total // 2 & 1)", "pass", {**_BACK, "programs": 8}),
+    "the turn not passed on": ("publish(tickets_ptr + tile, before + 1)", "pass", _BACK),
+    "K loaded over dK that is still to leave": (
+        "v_buf)\n    store_async(dk_desc, [off_b, off_hk, start_n, 0], k_buf)\n    tma.store_wait(0)",
+        "v_buf)\n    store_async(dk_desc, [off_b, off_hk, start_n, 0], k_buf)", _BACK,
+    ),
+    "no end told": ("    _announce(-1, told, turn)\n", "", _BACK),
+    "the counter of the backward not left as it was": ("gl.store(counter_ptr, 0,", "gl.store(counter_ptr, 1,", _BACK),
+    "dK stored before it is there": ("mbarrier.wait(finished, turn & 1)", "pass", _BACK),
 }
 
 

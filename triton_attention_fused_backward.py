@@ -386,7 +386,9 @@ def fused_backward_op(
     if mask is None and seed is None and softcap == 0.0 and not must_dispatch((q, k, v)):
         kernels = hopper("triton_attention_hopper_backward")
         if kernels and kernels.applies(q, k, v, scale, processors(q.device)):
-            kernels.backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right)
+            kernels.backward(
+                do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right, processors(q.device)
+            )
             return outputs
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     width, variant = max(constants["D"], constants["DV"]), "" if mask is None else ", masked"

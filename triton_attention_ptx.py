@@ -54,6 +54,25 @@ def take_number(ptr):
 
 
 @gluon.jit
+def spin_until(ptr, value):
+    """Wait until another program has written `value`, and see what it wrote before that."""
+    gl.inline_asm_elementwise(
+        "{\n\t.reg .pred p;\n\t.reg .b32 r;\n\tSPIN:\n\tld.acquire.gpu.global.b32 r, [$1];\n\t"
+        "setp.ne.s32 p, r, $2;\n\t@p bra SPIN;\n\tfence.proxy.async.global;\n\tmov.b32 $0, r;\n\t}",
+        "=r,l,r", [ptr.to(gl.int64), value], dtype=gl.int32, is_pure=False, pack=1,
+    )
+
+
+@gluon.jit
+def publish(ptr, value):
+    """Write `value` for other programs to see, once what this warp copied by TMA is in memory."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0;\n\tbar.warp.sync 0xffffffff;\n\tst.release.gpu.global.b32 [$1], $2;\n\t"
+        "mov.b32 $0, 0;", "=r,l,r", [ptr.to(gl.int64), value], dtype=gl.int32, is_pure=False, pack=1,
+    )
+
+
+@gluon.jit
 def arrive_at(barrier, THREADS: gl.constexpr):
     """Say at a named barrier of the hardware, which THREADS threads use, that this warp has come, and go on."""
     ASM: gl.constexpr = f"bar.arrive $1, {THREADS}; mov.b32 $0, 0;"
