@@ -36,7 +36,7 @@ def forward(
         Descriptor(o, 64, block_d),
         Pointer(lse), Pointer(counter), Pointer(log), scale * 1.4426950408889634,
         items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
-        left is not None, right is not None, left is not None or right is not None and right % 64 != 0,
+        left is not None, right is not None, left is not None or (right or 0) % 64 != 0 or block_d > 64,
         block_m, block_n, block_d, stages, q_stages, 0, 0,
     )
     here.size, here.first = programs, 128
