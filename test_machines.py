@@ -259,33 +259,39 @@ def test_gpu_cuda_graph():
     assert (out - attention_staged(q, k, v)[0]).abs().max() == 0
 
 
+def causal_step(q, k, v, do):
+    """O, dQ, dK, dV: on Hopper each of the two kernels takes its tiles by a counter."""
+    out = attention_fused(q, k, v, is_causal=True)
+    return out, *torch.autograd.grad(out, (q, k, v), do)
+
+
 @GPU
 def test_gpu_cuda_graph_of_causal_attention():
-    """On Hopper a counter hands out the tiles: each replay of a graph starts it anew."""
-    q, k, v = (torch.randn(4, 16, 2048, 64, device=DEVICE, dtype=BF16) for _ in range(3))
-    attention_fused(q, k, v, is_causal=True)
+    """Each replay of a graph starts its counters anew."""
+    q, k, v, do = (torch.randn(4, 16, 2048, 64, device=DEVICE, dtype=BF16, requires_grad=True) for _ in range(4))
+    causal_step(q, k, v, do)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attention_fused(q, k, v, is_causal=True)
+        outs = causal_step(q, k, v, do)
     for _ in range(3):
-        q.normal_()
+        q.data.normal_()
         graph.replay()
-        assert torch.equal(out, attention_fused(q, k, v, is_causal=True))
+        assert all(torch.equal(*pair) for pair in zip(outs, causal_step(q, k, v, do), strict=True))
 
 
 @GPU
 def test_gpu_causal_attention_on_two_streams():
-    """Each has a counter of its own, also when a call is a replay."""
-    q, k, v = (torch.randn(4, 16, 2048, 64, device=DEVICE, dtype=BF16) for _ in range(3))
-    expected = attention_fused(q, k, v, is_causal=True)
+    """Each has counters of its own, also when a call is a replay; programs that wait for each other do not deadlock."""
+    q, k, v, do = (torch.randn(4, 16, 2048, 64, device=DEVICE, dtype=BF16, requires_grad=True) for _ in range(4))
+    expected = causal_step(q, k, v, do)
     torch.cuda.synchronize()
     streams, outs = [torch.cuda.Stream() for _ in range(2)], []
     for _ in range(5):
         for stream in streams:
             with torch.cuda.stream(stream):
-                outs.append(attention_fused(q, k, v, is_causal=True))
+                outs.append(causal_step(q, k, v, do))
     torch.cuda.synchronize()
-    assert all(torch.equal(out, expected) for out in outs)
+    assert all(torch.equal(*pair) for step in outs for pair in zip(step, expected, strict=True))
 
 
 @GPU

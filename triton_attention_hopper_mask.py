@@ -35,7 +35,7 @@ def key_tiles(
     """(first, last) tile of keys that SIZE queries from start_m see: one at least."""
     first_n, last_n = gl.to_tensor(0), N - 1
     if RIGHT:
-        last_n = gl.maximum(gl.minimum(last_n, start_m + (SIZE - 1) + right), 0)
+        last_n = gl.maximum(gl.minimum(last_n, opaque(start_m + (SIZE - 1)) + right), 0)
     if LEFT:
         first_n = gl.maximum(gl.minimum(start_m + left, last_n), 0)
     return first_n // BLOCK_N, last_n // BLOCK_N
