@@ -125,6 +125,17 @@ def softmax_beneath(kernel):
     return bool(shares) and min(shares) >= 0.75
 
 
+def meets(kernel):
+    """Whether the warps that multiply in the Hopper backward meet between dS, once it is fenced, and dQ, which reads
+    what all of them stored (Triton sees to that); and before dK and dV take the places of K and V (the kernel does)."""
+    steps = {"stmatrix": "S", "fence.proxy.async.shared": "F", "sync": "B", "wgmma.mma_async": "W"}
+    step = r"\b(stmatrix|fence\.proxy\.async\.shared|wgmma\.mma_async)|\bbar(?:rier)?\.(?:cta\.)?(sync)\s+0"
+    blocks = re.split(r"^\$L\w+:", kernel.asm["ptx"], flags=re.M)  # from a label to the next
+    orders = ["".join(steps[a or b] for a, b in re.findall(step, block)) for block in blocks]
+    last = [order for order in orders if re.search("S+F", order)]
+    return any(re.search("SW+FB+W", order) for order in orders) and all(re.search("BS+F", order) for order in last)
+
+
 def fused_launches(dtype, D, quick):
     """The fused kernels: causal with grouped heads, whose code has that of full attention in it, and with a bias."""
     name, wide = f"{str(dtype).removeprefix('torch.')} D{D}", dtype.itemsize >= 4
@@ -167,7 +178,8 @@ def launches(architecture, quick=False):
                 yield f"scores on Hopper bfloat16 D{D}", scores_hopper, (q, q, 0.125)
             lse = torch.zeros(1, 2, 256)
             kinds = (("full", None, None), ("causal", None, 0), ("window", -64, 0))[: 2 if quick else 3]
-            for kind, left, right in kinds:
+            unaligned = () if quick or D > 64 else (("causal, unaligned", None, 10),)
+            for kind, left, right in (*kinds, *unaligned):
                 yield f"fused on Hopper bfloat16 D{D} {kind}", forward, (q, q, q, q, lse, 0.125, left, right, 132)
             if D == 64:
                 long = q.repeat(1, 6, 16, 1)
@@ -223,6 +235,8 @@ def rows(name, quick):
                 problems.append("the exponentials are not beneath a product")
             if name_of_kernel in ("_forward_kernel", "_backward_kernel") and re.search(OWN_BARRIERS, kernel.asm["ptx"]):
                 problems.append("Triton has taken a named barrier of the kernel's own")
+            if name_of_kernel == "_backward_kernel" and not meets(kernel):
+                problems.append("a barrier is missing")
             row = (label + PARTS.get(name_of_kernel, ""), registers, spills, shared, ", ".join(problems))
             out += [row] if row not in out else []
     return out

@@ -198,10 +198,22 @@ def load_from(ptr, mask=None, other=0):
     return torch.where(mask, ptr.data[torch.where(mask, ptr.offset, 0)], other)
 
 
+class FirstLane:
+    """A number that the other lanes do not have, until uniform() tells them."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def refuse(self, other):
+        raise AssertionError("a number that only the first lane has")
+
+    __add__ = __radd__ = __lt__ = __eq__ = __floordiv__ = refuse
+
+
 def take_number(ptr):
     with changed:
         ptr.data[ptr.offset] += 1
-        return int(ptr.data[ptr.offset]) - 1
+        return FirstLane(int(ptr.data[ptr.offset]) - 1)
 
 
 class NamedBarriers(dict):
@@ -298,7 +310,8 @@ LANGUAGE = SimpleNamespace(
 )
 NAMES = {
     "gl": LANGUAGE, "TRITON": (3, 6), "fence_async_shared": nothing, "store_async": store_async, "add_async": add_async,
-    "publish": publish, "spin_until": spin_until, "inline": lambda asm, x: int(x), "opaque": int, "uniform": int,
+    "publish": publish, "spin_until": spin_until, "inline": lambda asm, x: int(x), "opaque": int,
+    "uniform": lambda x: x.number if isinstance(x, FirstLane) else int(x),
     "arrive_at": arrive_at, "meet_at": meet_at, "barrier": nothing, "take_number": take_number,
     "both_first": lambda x: x, "_along": lambda x, sums: x.unsqueeze(1),
     "tma": SimpleNamespace(store_wait=store_wait), "written": land, "program": lambda: here.number,

@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
+import triton_attention_hopper as forward_kernels  # noqa: E402
 import triton_attention_hopper_backward as kernels  # noqa: E402
 from emulate_gluon import Barrier, Descriptor, Pointer, here, load, together  # noqa: E402
 from testing import torch_fused  # noqa: E402
@@ -36,7 +37,7 @@ def forward(
         Descriptor(o, 64, block_d),
         Pointer(lse), Pointer(counter), Pointer(log), scale * 1.4426950408889634,
         items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
-        left is not None, right is not None, left is not None or (right or 0) % 64 != 0 or block_d > 64,
+        left is not None, right is not None, forward_kernels.edges(left, right, block_d),
         block_m, block_n, block_d, stages, q_stages, 0, 0,
     )
     here.size, here.first = programs, 128
@@ -103,6 +104,7 @@ CASES = [
     {}, {"right": 0}, {"right": 0, "block_m": 192}, {"right": 100}, {"right": -70, "stages": 3},
     {"left": -60, "right": 10, "block_m": 192}, {"left": 30}, {"right": -200, "stages": 3},
     {"block_m": 192, "programs": 1}, {"left": 90, "right": 20}, {"block_d": 256}, {"block_d": 256, "right": 0},
+    {"right": 64}, {"right": -64, "block_m": 192}, {"right": -128}, {"right": 128, "block_m": 192},
     {"back": True}, {"back": True, "right": 0}, {"back": True, "right": 100, "stages": 3, "dq_stages": 2},
     {"back": True, "left": -60, "right": 10, "block_m": 64}, {"back": True, "left": 30},
     {"back": True, "right": -200, "section": 2}, {"back": True, "block_m": 64},
@@ -141,6 +143,7 @@ BUGS = {  # name: (what is there, what a tired author writes, a case that shows 
         {"block_d": 256, "programs": 1},
     ),
     "the counter not left as it was": ("gl.store(counter_ptr, 0,", "gl.store(counter_ptr, 1,", _BANDED),
+    "a number that only one lane has": ("            taken = uniform(taken)\n", "", _BANDED),
     "Q released while dK is in flight": (
         "dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])\n            arrive_at(FREE + slot, THREADS)",
         "arrive_at(FREE + slot, THREADS)\n            dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])",

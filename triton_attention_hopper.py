@@ -248,7 +248,7 @@ def _attend(
     LEFT: gl.constexpr, RIGHT: gl.constexpr, EDGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WARPGROUP: gl.constexpr,
 ):
-    """One warpgroup: 64 queries of every tile. EDGES: of which some miss keys of further tiles than the first."""
+    """One warpgroup: 64 queries of every tile. EDGES: of which some may miss keys of further tiles than the first."""
     o_desc, o_bufs, lse_ptr, log_ptr, scale = out
     q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, v_full, tickets = rings
     items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
@@ -301,7 +301,7 @@ def _attend(
             _release(count, K_FREE, STAGES, WARPGROUPS)
             if EDGES:
                 start_n = (own_last - step) * BLOCK_N
-                edge = gl.to_tensor(False) if BANDED else start_n + BLOCK_N > N
+                edge = gl.to_tensor(False) if BANDED else start_n + BLOCK_N > N  # no, but ptxas cannot know: see edges
                 if RIGHT:
                     edge = edge | (start_n + (BLOCK_N - 1) > row + right)
                 if LEFT:
@@ -420,6 +420,12 @@ def applies(q, k, v, o, scale, processors):
     )
 
 
+def edges(left, right, block_d):
+    """Whether the loop over the tiles of keys has a mask: not where only the first of them may be hidden in part. (But
+    for wider heads always, as with the branch ptxas releases K earlier.)"""
+    return left is not None or (right or 0) % ROWS.value != 0 or block_d > 64
+
+
 @functools.lru_cache
 def section_of(heads, row_tiles, processors):
     """How many heads are worked on together: two tiles of queries a multiprocessor, whose keys and values stay in L2;
@@ -440,7 +446,6 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
     row_tiles, warpgroups = triton.cdiv(M, tile.BLOCK_M), tile.BLOCK_M // ROWS.value
     items = B * H * row_tiles
     registers = (1 << 16) // (128 * (warpgroups + 1)) // 8 * 8  # of a thread, before they are dealt out
-    edges = left is not None or right is not None and right % ROWS.value != 0
     log = lse.new_empty(4 * (items + processors) if banded else 1, dtype=torch.int32)
     launch(
         _forward_kernel, min(items, processors),
@@ -450,7 +455,7 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
         items, row_tiles, B * H, section_of(B * H, row_tiles, processors) if banded else 1, H, H // Hk, M, N,
         left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,
-        EDGES=edges or tile.BLOCK_D > 64,  # wider ones: with the branch ptxas releases K earlier
+        EDGES=edges(left, right, tile.BLOCK_D),
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages,
         Q_STAGES=2 if tile.BLOCK_D <= 128 else 1,  # more do not fit
         REGISTERS=tile.registers,

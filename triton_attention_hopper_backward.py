@@ -2,13 +2,13 @@
 
 The plain kernels (triton_attention_fused_backward.py) compute S and dP twice, once for dQ and once for dK and dV, so
 that every sum belongs to one program. Here a program takes 128 keys, walks over the queries that see them, and computes
-all three. dK and dV stay in its registers; dQ goes from program to program, each of which adds its part:
+all three. dK and dV stay in its registers; dQ goes from tile to tile of keys, each of which adds its part:
 
     fetching warp   Q1 dO1              Q2 dO2              ...            by TMA, into rings of shared memory
     eight warps     S0   dP0     dV  dQ0  dK | S1   dP1     dV  dQ1  dK    tensor cores, asynchronous
                          P0  dS0             |      P1  dS1                 the other units, P beneath dP
     waiting warp    until dQ0 has what the keys after these add to it, until dQ1 ...
-    storing warp                          dQ0 added to memory, by TMA; the next program may add its part    ...
+    storing warp                          dQ0 added to memory, by TMA; the next tile may add its part       ...
 
 S^T = K Q^T and dP^T = V dO^T come transposed out of the tensor cores, the way dV += P^T dO and dK += dS^T Q take them
 in, straight from registers. Only dS goes through shared memory too, for dQ = dS K is a sum over the keys of all warps.
@@ -18,19 +18,19 @@ for each tile of queries says whose turn it is. Programs that work on the same q
 hardly any waits. What dQ costs is its traffic, 4 bytes an element and a tile of keys.
 
 A program per multiprocessor takes one tile of keys after the other from a list, as a counter tells the warp that
-fetches, and that warp the others; queries of the next tile are on their way while dK and dV of the last are stored. A
-tile waits only for those with lower numbers, each of which somebody is at work on: no deadlock, however few programs
-the GPU has room for. (A program for each tile: 9 to 13 % slower at S 512, D 64, where it has four steps, 1 to 3 % at
-S 8192; half as much at D 128.)
+fetches, and that warp the others; the first queries of the next tile are on their way while dK and dV of the last are
+stored. A tile waits only for those with lower numbers, which others have taken before, or this program: no deadlock,
+however few programs the GPU has room for. (A program for each tile: 9 to 13 % slower at S 512, D 64, where it has four
+steps, 1 to 3 % at S 8192; half as much at D 128.)
 
 Where the speed is from. Once a step all eight warps meet, between dS and dQ = dS K. Triton made them meet three times
 more, before each arrival at an mbarrier and before what it takes for a conflict in shared memory; so places are
 released at named barriers, where a warp says so and goes on, and a barrier that Triton would put elsewhere stands right
-behind the one that is needed (D 128 3 to 11 %, D 64 3 to 9 %). dV is issued before dS is fenced (2 to 4 %), and delta
-is read before S is issued (1 %). At D 64 K is in registers (4 %). At D 128 three stages of Q and dO hide the traffic of
-dQ (two: 7 % slower). -delta is what the product dP^T starts from, which saves registers and 1 to 3 %. So is -inf what S
-starts from where a key is hidden: a mask on P would spill. The wait for the next Q is between the exponentials and the
-wait for dP, without which ptxas moves the latter up.
+behind the one that is needed (D 128 3 to 11 %, D 64 3 to 9 %; but Triton 3.9 adds one for each wait). dV is issued
+before dS is fenced (2 to 4 %), and delta is read before S is issued (1 %). At D 64 K is in registers (4 %). At D 128
+three stages of Q and dO hide the traffic of dQ (two: 7 % slower). -delta is what the product dP^T starts from, which
+saves registers and 1 to 3 %. So is -inf what S starts from where a key is hidden: a mask on P would spill. The wait for
+the next Q is between the exponentials and the wait for dP, without which ptxas moves the latter up.
 
 What gained nothing: two partitions of four warps which may drift apart, as dQ of the last step is computed beneath the
 exponentials of this (D 64 the same, D 128 5 % slower); queries by halves, the exponentials of one beneath the products
@@ -94,7 +94,7 @@ def _query_tiles(tile_n, work, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M:
 
 @gluon.jit
 def _turn(tile_n, tile_m, work, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
-    """How many programs add to a tile of queries before this one: the keys after these that it may see."""
+    """How many tiles of keys add to a tile of queries before this one: those after it that the queries may see."""
     tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
     last = tiles - 1
     if RIGHT:
@@ -175,6 +175,9 @@ def _fetch(
                 mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
                 load_async(q_desc, at, q_full.index(slot), q_bufs.index(slot))
                 load_async(stats_desc, [tile, 0], q_full.index(slot), stats_bufs.index(slot))
+                mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes)
+                load_async(do_desc, at, do_full.index(slot), do_bufs.index(slot))
+                total += 1
             if step == 0:
                 if turn > 0:
                     _leave(dk_desc, dv_desc, keys, last_b, last_hk, last_n, turn - 1)
@@ -182,10 +185,6 @@ def _fetch(
                 load_async(k_desc, [off_b, off_hk, start_n, 0], k_full, k_buf)
                 mbarrier.expect(v_full, v_desc.block_type.nbytes)
                 load_async(v_desc, [off_b, off_hk, start_n, 0], v_full, v_buf)
-            if steps > 0:
-                mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes)
-                load_async(do_desc, at, do_full.index(slot), do_bufs.index(slot))
-                total += 1
         item = uniform(take_number(counter_ptr))
         last_b, last_hk, last_n = off_b, off_hk, start_n
         turn += 1
@@ -197,7 +196,7 @@ def _fetch(
 
 @gluon.jit
 def _await_turns(tickets_ptr, turns, told, work, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Say when it is this program's turn, up to two steps ahead."""
+    """Say when it is the turn of this tile of keys, up to two steps ahead."""
     come, gone = turns
     tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
     turn = gl.to_tensor(0)
@@ -221,7 +220,7 @@ def _store(
     sum_desc, tickets_ptr, dq_parts, turns, told, work,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, DQ_STAGES: gl.constexpr,
 ):
-    """dQ of every step, when it is its turn."""
+    """Store or add dQ of every step, when it is its turn."""
     dq_bufs, dq_empty = dq_parts
     come, gone = turns
     tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
@@ -338,6 +337,7 @@ def _multiply(
         mbarrier.wait(q_full.index(total % STAGES), total // STAGES & 1, pred=steps > 0)
         barrier()
         for step in range(steps):
+            total = opaque(total)  # addresses are computed from it here, not carried in registers
             slot = total % STAGES
             q = q_bufs.index(slot).reshape([BLOCK_M, BLOCK_D])
             do = do_bufs.index(slot).reshape([BLOCK_M, BLOCK_D])
@@ -399,6 +399,7 @@ def _backward_kernel(
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, DQ_STAGES: gl.constexpr, REST: gl.constexpr,
 ):
+    gl.static_assert(2 <= STAGES and STAGES <= DQ_FULL - FREE and DQ_STAGES <= 16 - DQ_FULL)
     dtype: gl.constexpr = q_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     k_buf = gl.allocate_shared_memory(dtype, [1, 1, KEYS, BLOCK_D], k_desc.layout)

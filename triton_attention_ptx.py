@@ -45,7 +45,8 @@ def both_first(x):
 
 @gluon.jit
 def take_number(ptr):
-    """Add 1 to a number in memory: what it was before, in the first lane. A warp goes on until it asks for that."""
+    """Add 1 to a number in memory: what it was before, in the first lane, 0 in the others; see uniform. A warp goes on
+    until it asks for that."""
     ASM: gl.constexpr = (
         "{ .reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; mov.u32 $0, 0; "
         "@p atom.relaxed.gpu.global.add.u32 $0, [$1], 1; }"
@@ -55,7 +56,7 @@ def take_number(ptr):
 
 @gluon.jit
 def spin_until(ptr, value):
-    """Wait until another program has written `value`, and see what it wrote before that."""
+    """Wait until someone has published `value`, and see what was written before that."""
     gl.inline_asm_elementwise(
         "{\n\t.reg .pred p;\n\t.reg .b32 r;\n\tSPIN:\n\tld.acquire.gpu.global.b32 r, [$1];\n\t"
         "setp.ne.s32 p, r, $2;\n\t@p bra SPIN;\n\tfence.proxy.async.global;\n\tmov.b32 $0, r;\n\t}",
@@ -65,7 +66,7 @@ def spin_until(ptr, value):
 
 @gluon.jit
 def publish(ptr, value):
-    """Write `value` for other programs to see, once what this warp copied by TMA is in memory."""
+    """Write `value` for all programs to see, once what this warp copied by TMA is in memory."""
     gl.inline_asm_elementwise(
         "cp.async.bulk.wait_group 0;\n\tbar.warp.sync 0xffffffff;\n\tst.release.gpu.global.b32 [$1], $2;\n\t"
         "mov.b32 $0, 0;", "=r,l,r", [ptr.to(gl.int64), value], dtype=gl.int32, is_pure=False, pack=1,
@@ -73,17 +74,17 @@ def publish(ptr, value):
 
 
 @gluon.jit
-def arrive_at(barrier, THREADS: gl.constexpr):
+def arrive_at(number, THREADS: gl.constexpr):
     """Say at a named barrier of the hardware, which THREADS threads use, that this warp has come, and go on."""
     ASM: gl.constexpr = f"bar.arrive $1, {THREADS}; mov.b32 $0, 0;"
-    inline(ASM, barrier)
+    inline(ASM, number)
 
 
 @gluon.jit
-def meet_at(barrier, THREADS: gl.constexpr):
+def meet_at(number, THREADS: gl.constexpr):
     """Wait at a named barrier until all of THREADS threads have come."""
     ASM: gl.constexpr = f"bar.sync $1, {THREADS}; mov.b32 $0, 0;"
-    inline(ASM, barrier)
+    inline(ASM, number)
 
 
 @gluon.constexpr_function
