@@ -37,6 +37,9 @@ exponentials of this (D 64 the same, D 128 5 % slower); queries by halves, the e
 of the other; wider loads of lse and delta; dO released before Q; dP^T from zero, so that it is issued right behind S.
 wgmma in flight across the end of a step is serialised by ptxas, or spills.
 
+On an H100, bfloat16, B S = 16384, H D = 2048, S from 512 to 16384: D 128 289 to 589 TFLOP/s (causal 178 to 584), D 64
+268 to 517 (178 to 500); of the better of cuDNN and FlashAttention-4's deterministic mode 0.95 to 1.12, mean 1.02.
+
 Shah et al., "FlashAttention-3", 2024, for one walk with warp specialisation; the order of the additions is what
 FlashAttention-2 does in its deterministic mode.
 """
