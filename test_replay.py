@@ -86,6 +86,22 @@ def test_descriptors_are_filled_in_again(kernel):
     assert [d.base.data_ptr() for d in given] == [x[4:].data_ptr() for x in xs[:2]]
 
 
+def test_memory_that_is_not_returned_is_taken_at_once(kernel):
+    def launcher(x):
+        places = [x.new_empty(len(x)) for _ in range(4)]
+        for source, target in zip((x, *places[:3]), places, strict=True):
+            args = (source, 1, target, len(x))
+            replay.note(kernel, kernel[(1,)](*args, FACTOR=2.0), 1, args, {"FACTOR": 2.0})
+        return places[3], places[1]
+
+    xs = [torch.randn(700) for _ in range(4)]
+    for (last, second), x in zip(run(launcher, *xs), xs, strict=True):
+        assert torch.equal(last, 16 * x) and torch.equal(second, 4 * x)
+    assert kernel.launches == ["full"] * 8 + ["replay"] * 8
+    recording, = (record for record in replay._records.values() if record)
+    assert recording.scratch == 2 * 3072 and recording.taken[0] == 0 and recording.taken[2] == 3072
+
+
 @pytest.mark.parametrize("before,after", [
     (lambda x: x + 0, lambda y: y), (lambda x: x, lambda y: y.add_(0)), (lambda x: x, lambda y: y[1:]),
 ])

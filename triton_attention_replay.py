@@ -14,7 +14,6 @@ graph records.
 """
 
 import contextlib
-import copy
 import threading
 
 import torch
@@ -51,37 +50,53 @@ class _Recorder(TorchDispatchMode):
 
 
 class Recording:
-    """What a launcher did: `fresh` describes the memory that it took, `returned` which of it are its results, and
-    `launches` are (compiled kernel on its grid, arguments, [(argument, which address, bytes from there)]). Among the
-    arguments, a descriptor stands for those of other memory."""
+    """What a launcher did. `taken` is the memory that it took: (size, stride, dtype) of a tensor that it returned, or
+    where the rest is in `scratch` bytes, taken at once; `returned` says which are its results, and `launches` are
+    (compiled kernel on its grid, arguments, [(argument, which address, bytes from there)]). Among the arguments, a
+    descriptor stands for those of other memory."""
 
-    def __init__(self, fresh, returned, launches):
-        self.fresh, self.returned, self.launches = fresh, returned, launches
+    def __init__(self, taken, scratch, returned, launches):
+        self.taken, self.scratch, self.returned, self.launches = taken, scratch, returned, launches
 
     def replay(self, addresses, device):
-        fresh = [torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype in self.fresh]
-        addresses = addresses + [t.data_ptr() for t in fresh]
+        scratch = torch.empty(self.scratch, dtype=torch.uint8, device=device) if self.scratch else None
+        start = scratch.data_ptr() if self.scratch else 0
+        tensors = []
+        for what in self.taken:
+            if isinstance(what, int):
+                tensors.append(None)
+                addresses.append(start + what)
+            else:
+                size, stride, dtype = what
+                t = torch.empty_strided(size, stride, dtype=dtype, device=device)
+                tensors.append(t)
+                addresses.append(t.data_ptr())
         for run, args, pointers in self.launches:
             args = args.copy()
             for i, which, offset in pointers:
                 address = addresses[which] + offset
                 args[i] = address if args[i] is None else _moved(args[i], address)
             run(*args)
-        return fresh[self.returned] if isinstance(self.returned, int) else tuple([fresh[i] for i in self.returned])
+        return tensors[self.returned] if isinstance(self.returned, int) else tuple([tensors[i] for i in self.returned])
 
 
 class _Memory:
     """All that Triton's launcher asks of the tensor under a descriptor: where it is."""
 
+    __slots__ = ("address",)
+
     def __init__(self, address):
-        self.data_ptr = lambda: address
+        self.address = address
+
+    def data_ptr(self):
+        return self.address
 
 
 def _moved(descriptor, address):
-    """A descriptor of the same tiles of other memory."""
-    descriptor = copy.copy(descriptor)
-    descriptor.base = _Memory(address)
-    return descriptor
+    """A descriptor of the same tiles of other memory; by hand, as copy.copy takes four times as long."""
+    moved = descriptor.__class__.__new__(descriptor.__class__)
+    moved.__dict__.update(descriptor.__dict__, base=_Memory(address))
+    return moved
 
 
 def recording():
@@ -137,8 +152,8 @@ def _here(device):
 
 def _key(function, args, names):
     """(key, addresses of the tensors, their device), or None for a call that cannot be replayed."""
-    parts, addresses = [function, names, allows_tf32(), torch.is_grad_enabled()], []
-    device = None
+    parts, addresses = [function, names, torch.is_grad_enabled()], []
+    device, float32 = None, False
     for a in args:
         if isinstance(a, torch.Tensor):
             device = device or a.device
@@ -147,12 +162,15 @@ def _key(function, args, names):
             address = a.data_ptr()
             addresses.append(address)
             parts += (a.shape, a.stride(), a.dtype, address & 15)
+            float32 |= a.dtype is torch.float32
         elif isinstance(a, (tuple, list)):
             parts += (a.__class__, *map(type, a), *a)
         else:
             parts += (a.__class__, a)  # True == 1 == 1.0, but not for a check
     if device is None or not _here(device):
         return None
+    if float32:
+        parts.append(allows_tf32())
     parts += (device.index, _stream(device))
     if parts[-1] is None:  # a counter may be among the arguments
         return None
@@ -208,7 +226,11 @@ def _understand(recorder, tensors, out):
     returned = [results_at.get((t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)) for t in results]
     if None in returned:
         return False
-    return Recording(fresh, returned if isinstance(out, tuple) else returned[0], launches)
+    taken, scratch = [], 0
+    for i, (t, what) in enumerate(zip(recorder.fresh, fresh, strict=True)):
+        taken.append(what if i in returned else scratch)
+        scratch += 0 if i in returned else -(-t.untyped_storage().nbytes() // 512) * 512  # as the allocator aligns
+    return Recording(taken, scratch, returned if isinstance(out, tuple) else returned[0], launches)
 
 
 def replayed(function, args, kwargs):
