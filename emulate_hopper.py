@@ -37,7 +37,7 @@ def forward(
         Descriptor(o, 64, block_d),
         Pointer(lse), Pointer(counter), Pointer(log), scale * 1.4426950408889634,
         items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
-        left is not None, right is not None, forward_kernels.edges(left, right, block_d),
+        left is not None, right is not None, forward_kernels.edges(left, right),
         block_m, block_n, block_d, stages, q_stages, 0, 0,
     )
     here.size, here.first = programs, 128
@@ -132,7 +132,7 @@ BUGS = {  # name: (what is there, what a tired author writes, a case that shows 
         "mbarrier.wait(q_empty.index(place * WARPGROUPS + w), (turn // Q_STAGES & 1) ^ 1)", "pass", _SHORT,
     ),
     "the phase of every second Q": ("turn // Q_STAGES & 1)\n    return", "turn & 1)\n    return", _FULL),
-    "no end announced": ("mbarrier.arrive(q_full.index(turn % Q_STAGES * WARPGROUPS + w), count=1)", "pass", _FULL),
+    "no end announced": ("mbarrier.arrive(q_full.index(slot), count=1)", "pass", _FULL),
     "K and V overwritten": ("    meet_at(FREE + slot, 128 * WARPGROUPS + 32)\n", "", _FULL),
     "V free from the start, but not said so": ("        _release(slot, V_FREE, STAGES, WARPGROUPS)\n", "", _FULL),
     "the last V kept": (

@@ -137,18 +137,26 @@ def _skip(tiles, count, k_full, v_full, STAGES: gl.constexpr, WARPGROUPS: gl.con
 
 
 @gluon.jit
-def _announce(
-    off_b, off_h, start_m, tickets, q_empty, turn, Q_STAGES: gl.constexpr, WARPGROUPS: gl.constexpr
+def _offer(
+    q_desc, off_b, off_h, start_m, more, q_bufs, q_full, q_empty, tickets, turn,
+    Q_STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):
-    """Write which tile of queries is next where the warpgroups find it, once they have left the place."""
+    """Write which tile of queries is next where the warpgroups find it, once they have left the place, and fetch it."""
     place = turn % Q_STAGES
     for w in gl.static_range(WARPGROUPS):
         mbarrier.wait(q_empty.index(place * WARPGROUPS + w), (turn // Q_STAGES & 1) ^ 1)
     zero = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
     tickets.index(place * 3).store(zero + off_b)
     tickets.index(place * 3 + 1).store(zero + off_h)
-    tickets.index(place * 3 + 2).store(zero + start_m)
+    tickets.index(place * 3 + 2).store(zero + gl.where(more, start_m, -1))
     inline("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", 0)
+    for w in gl.static_range(WARPGROUPS):
+        slot = place * WARPGROUPS + w
+        if more:
+            mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
+            load_async(q_desc, [off_b, off_h, start_m + ROWS * w, 0], q_full.index(slot), q_bufs.index(slot))
+        else:
+            mbarrier.arrive(q_full.index(slot), count=1)
 
 
 @gluon.jit
@@ -160,6 +168,7 @@ def _fetch(
     q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, v_full, tickets = rings
     items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
+    AHEAD: gl.constexpr = Q_STAGES == 2 and not (LEFT or RIGHT)  # the next Q is fetched before the last V
     count = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     item = gl.program_id(0)
@@ -167,37 +176,41 @@ def _fetch(
     if LEFT or RIGHT:
         open_log(log_ptr, items + item)
     off_b, off_h, start_m = _place(item, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
+    _offer(q_desc, off_b, off_h, start_m, item < items, q_bufs, q_full, q_empty, tickets, turn, Q_STAGES, WARPGROUPS)
     while item < items:
         following = item + gl.num_programs(0)
-        if LEFT or RIGHT:  # whoever is done first takes the next number; the answer takes its time
-            taken = take_number(counter_ptr)
+        taken = gl.to_tensor(0)
+        if LEFT or RIGHT:
             before = write_down(log_ptr, (off_b * H + off_h) * row_tiles + start_m // BLOCK_M, before, WARPGROUPS)
         first, last = key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
-        _announce(off_b, off_h, start_m, tickets, q_empty, turn, Q_STAGES, WARPGROUPS)
-        for w in gl.static_range(WARPGROUPS):
-            slot = turn % Q_STAGES * WARPGROUPS + w
-            mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
-            load_async(q_desc, [off_b, off_h, start_m + ROWS * w, 0], q_full.index(slot), q_bufs.index(slot))
-        _put(k_desc, off_b, off_h // GROUP, last * BLOCK_N, k_bufs, k_full, count, K_FREE, STAGES, WARPGROUPS)
-        for step in range(1, last - first + 1):
-            tile = last - step
-            _put(k_desc, off_b, off_h // GROUP, tile * BLOCK_N, k_bufs, k_full, count + 1, K_FREE, STAGES, WARPGROUPS)
-            _put(v_desc, off_b, off_h // GROUP, (tile + 1) * BLOCK_N, v_bufs, v_full, count, V_FREE, STAGES, WARPGROUPS)
+        off_hk = off_h // GROUP
+        steps = last - first + 1
+        for step in range(steps):
+            start_n = (last - step) * BLOCK_N
+            if LEFT or RIGHT:  # whoever is done first takes the next number; the answer takes its time
+                if step == gl.maximum(steps - 4, 0):
+                    taken = take_number(counter_ptr)
+            _put(k_desc, off_b, off_hk, start_n, k_bufs, k_full, count, K_FREE, STAGES, WARPGROUPS)
+            if step > 0:
+                _put(v_desc, off_b, off_hk, start_n + BLOCK_N, v_bufs, v_full, count - 1, V_FREE, STAGES, WARPGROUPS)
             count += 1
-        _put(v_desc, off_b, off_h // GROUP, first * BLOCK_N, v_bufs, v_full, count, V_FREE, STAGES, WARPGROUPS)
-        count += 1
+        if not AHEAD:
+            _put(v_desc, off_b, off_hk, first * BLOCK_N, v_bufs, v_full, count - 1, V_FREE, STAGES, WARPGROUPS)
         if LEFT or RIGHT:
             taken = uniform(taken)
             gl.store(counter_ptr, 0, mask=taken == items - 1)  # the last one leaves it as it was
             following = gl.num_programs(0) + taken
         next_b, next_h, next_m = _place(following, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
         turn += 1
+        _offer(
+            q_desc, next_b, next_h, next_m, following < items, q_bufs, q_full, q_empty, tickets, turn,
+            Q_STAGES, WARPGROUPS,
+        )
+        if AHEAD:
+            _put(v_desc, off_b, off_hk, first * BLOCK_N, v_bufs, v_full, count - 1, V_FREE, STAGES, WARPGROUPS)
         item, off_b, off_h, start_m = following, next_b, next_h, next_m
     if LEFT or RIGHT:
         close_log(log_ptr, items + gl.program_id(0), before)
-    _announce(0, 0, -1, tickets, q_empty, turn, Q_STAGES, WARPGROUPS)
-    for w in gl.static_range(WARPGROUPS):
-        mbarrier.arrive(q_full.index(turn % Q_STAGES * WARPGROUPS + w), count=1)
 
 
 # ---- the warpgroups that multiply
@@ -219,16 +232,16 @@ def _read(ticket):
 
 
 @gluon.jit
-def _softmax(s, m_i, scale, BANDED: gl.constexpr, layout: gl.constexpr):
+def _softmax(s, m_i, scale, EMPTY: gl.constexpr, layout: gl.constexpr):
     """(p, alpha, new maximum) of a tile of scores, base 2. The maximum stays as it is until it has grown by a factor of
-    256 at least, so that alpha is 1 but for a few tiles."""
+    256 at least, so that alpha is 1 but for a few tiles. EMPTY: a row may have seen no key yet."""
     x = s
     HALVINGS: gl.constexpr = 4 if s.shape[1] == 128 else 3  # to 8 columns
     for _ in gl.static_range(HALVINGS):  # no long chain of instructions that wait for each other
         x = gl.max(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), 1)
     m_new = both_first(gl.maximum(m_i, gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, layout)) * scale))
     m_new = gl.where(m_new > m_i + 8.0, m_new, m_i)
-    top = gl.where(m_new == float("-inf"), 0.0, m_new) if BANDED else m_new  # of a row that has seen no key yet
+    top = gl.where(m_new == float("-inf"), 0.0, m_new) if EMPTY else m_new
     p = gl.exp2(s * scale - gl.expand_dims(top, 1))
     return p, gl.exp2(m_i - top), m_new
 
@@ -251,7 +264,7 @@ def _attend(
     LEFT: gl.constexpr, RIGHT: gl.constexpr, EDGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WARPGROUP: gl.constexpr,
 ):
-    """One warpgroup: 64 queries of every tile. EDGES: of which some may miss keys of further tiles than the first."""
+    """One warpgroup: 64 queries of every tile. EDGES: see edges()."""
     o_desc, o_bufs, lse_ptr, log_ptr, scale = out
     q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, v_full, tickets = rings
     items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
@@ -302,16 +315,16 @@ def _attend(
             o_token = warpgroup_mma(p_16, v, acc, is_async=True)
             s = warpgroup_mma_wait(1, [s_token])
             _release(count, K_FREE, STAGES, WARPGROUPS)
-            if EDGES:
+            if EDGES or BLOCK_D > 64:
                 start_n = (own_last - step) * BLOCK_N
-                edge = gl.to_tensor(False) if BANDED else start_n + BLOCK_N > N  # no, but ptxas cannot know: see edges
-                if RIGHT:
+                edge = gl.to_tensor(False) if EDGES else start_n + BLOCK_N > N  # never, but ptxas cannot know
+                if EDGES and RIGHT:
                     edge = edge | (start_n + (BLOCK_N - 1) > row + right)
-                if LEFT:
+                if EDGES and LEFT:
                     edge = edge | (start_n < row + (ROWS - 1) + left)
                 if edge:
-                    s = hide(s, row, start_n, N, left, right, LEFT, RIGHT, s_layout)
-            p, alpha, m_i = _softmax(s, m_i, scale, BANDED, s_layout)
+                    s = hide(s, row, start_n, N, left, right, EDGES and LEFT, EDGES and RIGHT, s_layout)
+            p, alpha, m_i = _softmax(s, m_i, scale, EDGES, s_layout)
             l_i = l_i * _along(alpha, l_i) + _sums(p)
             count += 1
             _await(k_full, count, STAGES, step < own_last - own_first)  # here: it keeps the next wait below the softmax
@@ -423,10 +436,9 @@ def applies(q, k, v, o, scale, processors):
     )
 
 
-def edges(left, right, block_d):
-    """Whether the loop over the tiles of keys has a mask: not where only the first of them may be hidden in part. (But
-    for wider heads always, as with the branch ptxas releases K earlier.)"""
-    return left is not None or (right or 0) % ROWS.value != 0 or block_d > 64
+def edges(left, right):
+    """Whether a query may miss keys of other tiles than the first that it walks over, or all keys of that."""
+    return left is not None or (right or 0) % ROWS.value != 0
 
 
 @functools.lru_cache
@@ -458,9 +470,8 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
         items, row_tiles, B * H, section_of(B * H, row_tiles, processors) if banded else 1, H, H // Hk, M, N,
         left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,
-        EDGES=edges(left, right, tile.BLOCK_D),
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages,
-        Q_STAGES=2 if tile.BLOCK_D <= 128 else 1,  # more do not fit
-        REGISTERS=tile.registers,
-        REST=registers * (warpgroups + 1) - tile.registers * warpgroups, num_warps=4, maxnreg=registers,
+        EDGES=edges(left, right), BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D,
+        STAGES=tile.num_stages, Q_STAGES=2 if tile.BLOCK_D <= 128 else 1,  # more do not fit
+        REGISTERS=tile.registers, REST=registers * (warpgroups + 1) - tile.registers * warpgroups,
+        num_warps=4, maxnreg=registers,
     )

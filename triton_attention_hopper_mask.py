@@ -33,7 +33,7 @@ def key_tiles(
     start_m, N, left, right, LEFT: gl.constexpr, RIGHT: gl.constexpr, SIZE: gl.constexpr, BLOCK_N: gl.constexpr
 ):
     """(first, last) tile of keys that SIZE queries from start_m see: one at least."""
-    first_n, last_n = gl.to_tensor(0), N - 1
+    first_n, last_n = gl.to_tensor(0), opaque(N) - 1
     if RIGHT:
         last_n = gl.maximum(gl.minimum(last_n, opaque(start_m + (SIZE - 1)) + right), 0)
     if LEFT:
@@ -48,7 +48,7 @@ def hide(s, row, start_n, N, left, right, LEFT: gl.constexpr, RIGHT: gl.constexp
     n = gl.expand_dims(gl.arange(0, s.shape[1], gl.SliceLayout(0, layout)), 0)
     own, n = n & 6, n & ~6  # what differs from thread to thread, and what the compilers take for constants
     start_n = opaque(start_n)
-    last_n = m * 0 + (N - 1 - start_n)  # what there is to compute is computed a row
+    last_n = m * 0 + (opaque(N) - 1 - start_n)  # what there is to compute is computed a row
     if RIGHT:
         last_n = gl.minimum(last_n, m + (right - start_n))
     keep = n <= gl.expand_dims(last_n, 1) - own
