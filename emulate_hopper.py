@@ -157,6 +157,7 @@ BUGS = {  # name: (what is there, what a tired author writes, a case that shows 
     ),
     "dQ added before it is there": ("meet_at(DQ_FULL + slot, THREADS)", "pass", _BACK),
     "dQ added out of turn": ("mbarrier.wait(come.index(total % 2), total // 2 & 1)", "pass", {**_BACK, "programs": 8}),
+    "turns counted from the wrong end": ("gl.where(up, tile_n, last - tile_n)", "last - tile_n", _BACK),
     "the turn not passed on": ("publish(tickets_ptr + tile, before + 1)", "pass", _BACK),
     "K loaded over dK that is still to leave": (
         "v_buf)\n    store_async(dk_desc, [off_b, off_hk, start_n, 0], k_buf)\n    tma.store_wait(0)",

@@ -11,16 +11,18 @@ exponentials, and those for tensor cores. Here the scores of the next keys are o
 Keys are walked from the last to the first, as the diagonal is at the end: only there a tile pays for a mask. Each
 warpgroup has bounds of its own and releases tiles unread that none of its queries sees. A program per multiprocessor
 takes one tile of queries after the other, its Q and first K on the way while the last is finished. Causal tiles differ
-in length: then the longest come first, and whoever is done takes the next number from a counter, asked for while the
-last tile's keys are fetched (1 to 3 % at S 512).
+in length: then the longest come first, and whoever is done takes the next number from a counter, asked for four tiles
+of keys before the end, as the answer takes its time. (Asked for at the start, whoever has the longest tile would take
+the longest of the next round too: 5 % more cycles at D 64, S 8192.)
 
 Where the speed is from: wgmma stays in flight under the softmax only because the wait for the next K is between the
 exponentials and the wait for P V; without it ptxas moves the latter up. A branch around the mask, not a second loop,
 which would spill; and no mask at all past the first tile where the diagonal is at a multiple of 64, which spares three
-warpgroups 6 KB of instructions (D 64, causal, 2 to 3 %; at D 128 the branch is there even in full attention, as with it
-ptxas releases K earlier: 1 %). 240 registers a thread of two warpgroups, or 160 of three where there are tiles enough
-for that, and few for the warp that fetches; that warp does the divisions that say which tile is next. Causal heads are
-worked on in sections, of two tiles a multiprocessor, so that K and V stay in L2: at S 512, D 128 254 -> 300 TFLOP/s.
+warpgroups 6 KB of instructions (D 64, causal, 2 to 3 %; at D 128 a branch is there all the same, as with it ptxas
+releases K earlier: 1 %), and a test for rows that have seen no key yet (D 128 1 to 2 %). 240 registers a thread of two
+warpgroups, or 160 of three where there are tiles enough for that, and few for the warp that fetches; that warp does the
+divisions that say which tile is next. Causal heads are worked on in sections, of two tiles a multiprocessor, so that K
+and V stay in L2: at S 512, D 128 254 -> 300 TFLOP/s.
 
 O is scaled only where the exponentials of a row have outgrown its maximum by a factor of 256 since the last time; else
 a warp jumps over it, and weights up to 256 do no harm, as FlashAttention-4 found on Blackwell. That was the largest
@@ -39,8 +41,9 @@ What gained nothing: turns at the tensor cores, one warpgroup after the other (-
 the last P V of this one, as the other warpgroup is there to fill that gap; the second half of the exponentials beneath
 the scaling of O (3 % fewer cycles at D 128, but the chip, at the limit of its power, lowers the clock: 2 % slower); Q
 in registers (1 % at D 128, spills with ptxas 13); tiles that are dealt out in advance (8 % slower at S 8192; at S 512
-to 2048 2 % faster with D 128, 7 % slower with D 64); asking for a tile's number two tiles ahead; a quarter or half of
-the exponentials by a cubic polynomial (6 to 26 % slower); another place for the barrier that Triton adds before the
+to 2048 2 % faster with D 128, 7 % slower with D 64); a counter for full attention too (1 % fewer cycles, no less time);
+a quarter or half of the exponentials by a cubic polynomial (6 to 26 % slower); turns at the exponentials, at named
+barriers that these depend on (1 to 8 % slower); another place for the barrier that Triton adds before the
 wait for K. With three warpgroups ptxas 12.8 moves the exponentials below the wait for P V again, now that a branch
 follows it; a barrier of the warp that holds them there costs more (5 %) than it gains, as two other warpgroups fill the
 gap.

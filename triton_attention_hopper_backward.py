@@ -13,15 +13,16 @@ all three. dK and dV stay in its registers; dQ goes from tile to tile of keys, e
 S^T = K Q^T and dP^T = V dO^T come transposed out of the tensor cores, the way dV += P^T dO and dK += dS^T Q take them
 in, straight from registers. Only dS goes through shared memory too, for dQ = dS K is a sum over the keys of all warps.
 
-The parts of a dQ are added in a fixed order, the last keys first: results are bitwise repeatable. A ticket in memory
-for each tile of queries says whose turn it is. Programs that work on the same queries lag by a step each, so that
-hardly any waits. What dQ costs is its traffic, 4 bytes an element and a tile of keys.
+The parts of a dQ are added in a fixed order: results are bitwise repeatable. A ticket in memory for each tile of
+queries says whose turn it is. The last keys come first, as in causal attention programs that work on the same queries
+then lag by a step each, and hardly any waits. But those are the short walks; so in the last of the list's sections the
+first keys come first, and all programs end together: causal, 5 % of the time at D 128, 1 % at D 64. What dQ costs is
+its traffic, 4 bytes an element and a tile of keys.
 
 A program per multiprocessor takes one tile of keys after the other from a list, as a counter tells the warp that
 fetches, and that warp the others; the first queries of the next tile are on their way while dK and dV of the last are
 stored. A tile waits only for those with lower numbers, which others have taken before, or this program: no deadlock,
-however few programs the GPU has room for. (A program for each tile: 9 to 13 % slower at S 512, D 64, where it has four
-steps, 1 to 3 % at S 8192; half as much at D 128.)
+however few programs the GPU has room for. (A program a tile: up to 13 % slower at S 512, up to 3 % at S 8192.)
 
 Where the speed is from. Once a step all eight warps meet, between dS and dQ = dS K. Triton made them meet three times
 more, before each arrival at an mbarrier and before what it takes for a conflict in shared memory; so places are
@@ -34,14 +35,14 @@ the next Q is between the exponentials and the wait for dP, without which ptxas 
 
 What gained nothing: two partitions of four warps which may drift apart, as dQ of the last step is computed beneath the
 exponentials of this (D 64 the same, D 128 5 % slower); queries by halves, the exponentials of one beneath the products
-of the other; wider loads of lse and delta; dO released before Q; dP^T from zero, so that it is issued right behind S.
-wgmma in flight across the end of a step is serialised by ptxas, or spills.
+of the other; wider loads of lse and delta; dO released before Q; dP^T from zero; a third place for dQ in that of a
+second dS, all warps meeting once more behind dQ (up to 9 % more cycles); programs held back by a step in full attention
+too (5 to 9 % more). wgmma in flight across the end of a step is serialised by ptxas, or spills.
 
 On an H100, bfloat16, B S = 16384, H D = 2048, S from 512 to 16384: D 128 289 to 589 TFLOP/s (causal 178 to 584), D 64
 268 to 517 (178 to 500); of the better of cuDNN and FlashAttention-4's deterministic mode 0.95 to 1.12, mean 1.02.
 
-Shah et al., "FlashAttention-3", 2024, for one walk with warp specialisation; the order of the additions is what
-FlashAttention-2 does in its deterministic mode.
+Shah et al., "FlashAttention-3", 2024, for one walk with warp specialisation; FlashAttention-2, for sums in fixed order.
 """
 
 import torch
@@ -54,9 +55,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_attention_hopper_queries import finish, prepare
 from triton_attention_launch import TRITON, launch, tile_for
-from triton_attention_ptx import (
-    arrive_at, barrier, inline, meet_at, opaque, publish, spin_until, take_number, uniform,
-)
+from triton_attention_ptx import arrive_at, barrier, inline, meet_at, opaque, publish, spin_until, take_number, uniform
 from triton_attention_replay import counter
 from triton_attention_tma import add_async, describe, describe_rows, load_async, readable, store_async
 
@@ -66,7 +65,7 @@ FREE, DQ_FULL = gl.constexpr(8), gl.constexpr(12)  # the first of four named bar
 THREADS = gl.constexpr(288)  # that use one: the eight warps which multiply, and another
 ROOM = gl.constexpr(TRITON != (3, 8))  # in registers for K at D 64 without a mask; the ptxas of Triton 3.8 spills
 SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
-FEWEST = 1  # tiles of keys a multiprocessor; with fewer, the plain kernels take more and smaller ones
+FEWEST = 1  # tiles of keys a multiprocessor (a quarter, if causal); with fewer, the plain kernels share the work better
 L2 = 32 << 20  # bytes: heads whose queries, and what belongs to them, fit there are worked on together
 
 
@@ -74,13 +73,18 @@ L2 = 32 << 20  # bytes: heads whose queries, and what belongs to them, fit there
 
 
 @gluon.jit
-def _place(item, work):
-    """(tile of keys, head of keys) of an item of the list: a section of heads at a time, in it the last keys first."""
+def _place(item, work, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """(tile of keys, head of keys, up) of an item of the list: a section of heads at a time, in it the last keys first,
+    or if `up` the first: where that is the longest walk, in the last section, so that all programs end together."""
     tiles, heads, section = work[:3]
     whole = item // (tiles * section) * section
     rest = item - whole * tiles
     wide = gl.minimum(section, heads - whole)
-    return tiles - 1 - rest // wide, whole + rest % wide
+    tile_n, up = tiles - 1 - rest // wide, gl.to_tensor(False)
+    if RIGHT and not LEFT:
+        up = whole + section >= heads
+        tile_n = gl.where(up, rest // wide, tile_n)
+    return tile_n, whole + rest % wide, up
 
 
 @gluon.jit
@@ -96,20 +100,20 @@ def _query_tiles(tile_n, work, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M:
 
 
 @gluon.jit
-def _turn(tile_n, tile_m, work, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
-    """How many tiles of keys add to a tile of queries before this one: those after it that the queries may see."""
+def _turn(tile_n, tile_m, up, work, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
+    """How many tiles of keys add to a tile of queries before this one: those seen after it, or if `up` before it."""
     tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
     last = tiles - 1
     if RIGHT:
         last = gl.minimum(last, (tile_m * BLOCK_M + (BLOCK_M - 1) + right) // KEYS)
-    return last - tile_n
+    return gl.where(up, tile_n, last - tile_n)
 
 
 @gluon.jit
-def _step(step, first, count, head, work):
-    """(tile of queries, its number among those of all heads): one head of the group after the other."""
+def _step(step, first, count, head, up, work):
+    """(tile of queries, its number among those of all heads): head after head; if `up`, the last queries first."""
     tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
-    tile_m = first + step % count
+    tile_m = first + gl.where(up, count - 1 - step % count, step % count)
     return tile_m, (head * GROUP + step // count) * row_tiles + tile_m
 
 
@@ -165,13 +169,13 @@ def _fetch(
     last_b, last_hk, last_n = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     while item < items:
         _announce(item, told, turn)
-        tile_n, head = _place(item, work)
+        tile_n, head, up = _place(item, work, LEFT, RIGHT)
         first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
         off_b, off_hk, start_n = head // Hk, head % Hk, tile_n * KEYS
         steps = GROUP * count
         for step in range(gl.maximum(steps, 1)):
             slot = total % STAGES
-            tile_m, tile = _step(step, first, gl.maximum(count, 1), head, work)
+            tile_m, tile = _step(step, first, gl.maximum(count, 1), head, up, work)
             at = [off_b, off_hk * GROUP + step // gl.maximum(count, 1), tile_m * BLOCK_M, 0]
             if steps > 0:
                 meet_at(FREE + slot, THREADS)
@@ -206,12 +210,12 @@ def _await_turns(tickets_ptr, turns, told, work, LEFT: gl.constexpr, RIGHT: gl.c
     total = gl.to_tensor(0)
     item = _next_item(told, turn, 1)
     while item >= 0:
-        tile_n, head = _place(item, work)
+        tile_n, head, up = _place(item, work, LEFT, RIGHT)
         first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
         for step in range(GROUP * count):
-            tile_m, tile = _step(step, first, count, head, work)
+            tile_m, tile = _step(step, first, count, head, up, work)
             mbarrier.wait(gone.index(total % 2), (total // 2 & 1) ^ 1)
-            spin_until(tickets_ptr + tile, _turn(tile_n, tile_m, work, RIGHT, BLOCK_M))
+            spin_until(tickets_ptr + tile, _turn(tile_n, tile_m, up, work, RIGHT, BLOCK_M))
             mbarrier.arrive(come.index(total % 2), count=1)
             total += 1
         turn += 1
@@ -231,11 +235,11 @@ def _store(
     total = gl.to_tensor(0)
     item = _next_item(told, turn, 1)
     while item >= 0:
-        tile_n, head = _place(item, work)
+        tile_n, head, up = _place(item, work, LEFT, RIGHT)
         first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
         for step in range(GROUP * count):
-            tile_m, tile = _step(step, first, count, head, work)
-            before = _turn(tile_n, tile_m, work, RIGHT, BLOCK_M)
+            tile_m, tile = _step(step, first, count, head, up, work)
+            before = _turn(tile_n, tile_m, up, work, RIGHT, BLOCK_M)
             slot = total % DQ_STAGES
             mbarrier.wait(come.index(total % 2), total // 2 & 1)
             meet_at(DQ_FULL + slot, THREADS)
@@ -318,10 +322,13 @@ def _multiply(
     total = gl.to_tensor(0)
     item = _next_item(told, turn, 8)
     while item >= 0:
-        tile_n, head = _place(item, work)
+        tile_n, head, up = _place(item, work, LEFT, RIGHT)
         first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
         start_n = tile_n * KEYS
-        first_m, end_m = uniform(first * BLOCK_M), uniform((first + count) * BLOCK_M)
+        by, first_m, end_m = BLOCK_M, uniform(first * BLOCK_M), uniform((first + count) * BLOCK_M)
+        if RIGHT and not LEFT:
+            by = uniform(gl.where(up, -BLOCK_M, BLOCK_M))
+            first_m, end_m = gl.where(up, end_m - BLOCK_M, first_m), gl.where(up, first_m - BLOCK_M, end_m)
         steps = uniform(GROUP * count)
         after_n, at_left, at_right = uniform(N - start_n), uniform(start_n - left), uniform(start_n - right)
         start_m = first_m
@@ -357,7 +364,7 @@ def _multiply(
                 hidden = zeros
                 if edge:
                     hidden = _hide(zeros, after_n, at_left - start_m, at_right - start_m, LEFT, RIGHT, s_layout)
-                start_m += BLOCK_M
+                start_m += by
                 start_m = gl.where(start_m == end_m, first_m, start_m)
                 s_token = warpgroup_mma(k_left, q.permute((1, 0)), hidden, use_acc=edge, is_async=True)
             else:
@@ -454,12 +461,13 @@ def _backward_kernel(
     ], [1, 1, 1], [REST, REST, REST])
 
 
-def applies(q, k, v, scale, processors):
+def applies(q, k, v, scale, right, processors):
     """Whether the kernel takes these inputs, is worth its descriptors and fills the GPU; else the plain kernels run."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
     return (
         q.element_size() == 2 and 0 < D <= 128 and 0 < DV <= 128 and D % 8 == 0 and DV % 8 == 0 and scale != 0.0
-        and 10 * B * H * M * N * D >= SMALLEST and B * Hk * triton.cdiv(N, KEYS.value) >= FEWEST * processors
+        and 10 * B * H * M * N * D >= SMALLEST
+        and B * Hk * triton.cdiv(N, KEYS.value) >= FEWEST * processors * (1 if right is None else 0.25)
         and all(readable(t) for t in (q, k, v))
     )
 
