@@ -50,8 +50,8 @@ gap.
 
 Head dims above 128 take tiles of 64 keys, and O leaves from the place of Q: 2.5 times as fast as the plain kernel.
 
-On an H100, bfloat16, B S = 16384, H D = 2048, S from 512 to 16384: D 128 515 to 682 TFLOP/s (causal 312 to 651), D 64
-381 to 554 (252 to 500); of the best of cuDNN, FlashAttention-3 and -4 0.89 to 1.06, mean 0.99.
+On an H100, bfloat16, B S = 16384, H D = 2048, S from 512 to 16384: D 128 531 to 671 TFLOP/s (causal 312 to 654), D 64
+382 to 545 (252 to 521); of the best of cuDNN, FlashAttention-3 and -4 0.93 to 1.08, mean 1.00.
 
 Shah et al., "FlashAttention-3", 2024, for warp specialisation and the order of the two products. Gluon
 (triton.experimental.gluon) is Triton's lower-level language: layouts, barriers and copies are explicit.

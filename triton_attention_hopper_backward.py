@@ -39,8 +39,8 @@ of the other; wider loads of lse and delta; dO released before Q; dP^T from zero
 second dS, all warps meeting once more behind dQ (up to 9 % more cycles); programs held back by a step in full attention
 too (5 to 9 % more). wgmma in flight across the end of a step is serialised by ptxas, or spills.
 
-On an H100, bfloat16, B S = 16384, H D = 2048, S from 512 to 16384: D 128 289 to 589 TFLOP/s (causal 178 to 584), D 64
-268 to 517 (178 to 500); of the better of cuDNN and FlashAttention-4's deterministic mode 0.95 to 1.12, mean 1.02.
+On an H100, bfloat16, B S = 16384, H D = 2048, S from 512 to 16384: D 128 285 to 590 TFLOP/s (causal 181 to 591), D 64
+274 to 507 (170 to 506); of the better of cuDNN and FlashAttention-4's deterministic mode 0.91 to 1.14, mean 1.03.
 
 Shah et al., "FlashAttention-3", 2024, for one walk with warp specialisation; FlashAttention-2, for sums in fixed order.
 """
