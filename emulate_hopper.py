@@ -104,7 +104,7 @@ CASES = [
     {}, {"right": 0}, {"right": 0, "block_m": 192}, {"right": 100}, {"right": -70, "stages": 3},
     {"left": -60, "right": 10, "block_m": 192}, {"left": 30}, {"right": -200, "stages": 3},
     {"block_m": 192, "programs": 1}, {"left": 90, "right": 20}, {"block_d": 256}, {"block_d": 256, "right": 0},
-    {"right": 64}, {"right": -64, "block_m": 192}, {"right": -128}, {"right": 128, "block_m": 192},
+    {"left": 125}, {"right": 64}, {"right": -64, "block_m": 192}, {"right": -128}, {"right": 128, "block_m": 192},
     {"back": True}, {"back": True, "right": 0}, {"back": True, "right": 100, "stages": 3, "dq_stages": 2},
     {"back": True, "left": -60, "right": 10, "block_m": 64}, {"back": True, "left": 30},
     {"back": True, "right": -200, "section": 2}, {"back": True, "block_m": 64},
@@ -144,6 +144,10 @@ BUGS = {  # name: (what is there, what a tired author writes, a case that shows 
     ),
     "the counter not left as it was": ("gl.store(counter_ptr, 0,", "gl.store(counter_ptr, 1,", _BANDED),
     "a number that only one lane has": ("            taken = uniform(taken)\n", "", _BANDED),
+    "rows without keys not told apart": (
+        "_softmax(s, m_i, scale, EDGES, s_layout)", "_softmax(s, m_i, scale, False, s_layout)", {"left": 125},
+    ),
+    "last queries first forgotten": ("by = uniform(gl.where(up, -BLOCK_M, BLOCK_M))", "by = BLOCK_M", _BACK),
     "Q released while dK is in flight": (
         "dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])\n            arrive_at(FREE + slot, THREADS)",
         "arrive_at(FREE + slot, THREADS)\n            dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])",

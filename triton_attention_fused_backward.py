@@ -385,7 +385,7 @@ def fused_backward_op(
     dlse = None if dlse is None else dlse.contiguous()
     if mask is None and seed is None and softcap == 0.0 and not must_dispatch((q, k, v)):
         kernels = hopper("triton_attention_hopper_backward")
-        if kernels and kernels.applies(q, k, v, scale, right, processors(q.device)):
+        if kernels and kernels.applies(q, k, v, scale, left, right, processors(q.device)):
             kernels.backward(
                 do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right, processors(q.device)
             )

@@ -144,7 +144,8 @@ def _offer(
     q_desc, off_b, off_h, start_m, more, q_bufs, q_full, q_empty, tickets, turn,
     Q_STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):
-    """Write which tile of queries is next where the warpgroups find it, once they have left the place, and fetch it."""
+    """Write which tile of queries is next, or that there is none if not `more`, where the warpgroups find it, once they
+    have left the place; and fetch its Q."""
     place = turn % Q_STAGES
     for w in gl.static_range(WARPGROUPS):
         mbarrier.wait(q_empty.index(place * WARPGROUPS + w), (turn // Q_STAGES & 1) ^ 1)
@@ -171,7 +172,7 @@ def _fetch(
     q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, v_full, tickets = rings
     items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
-    AHEAD: gl.constexpr = Q_STAGES == 2 and not (LEFT or RIGHT)  # the next Q is fetched before the last V
+    AHEAD: gl.constexpr = Q_STAGES == 2 and not (LEFT or RIGHT)  # next Q before the last V: no number to wait for
     count = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     item = gl.program_id(0)
@@ -182,8 +183,9 @@ def _fetch(
     _offer(q_desc, off_b, off_h, start_m, item < items, q_bufs, q_full, q_empty, tickets, turn, Q_STAGES, WARPGROUPS)
     while item < items:
         following = item + gl.num_programs(0)
-        taken = gl.to_tensor(0)
         if LEFT or RIGHT:
+            taken = gl.to_tensor(0)
+            # here: marks come after the first K
             before = write_down(log_ptr, (off_b * H + off_h) * row_tiles + start_m // BLOCK_M, before, WARPGROUPS)
         first, last = key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
         off_hk = off_h // GROUP
@@ -237,7 +239,8 @@ def _read(ticket):
 @gluon.jit
 def _softmax(s, m_i, scale, EMPTY: gl.constexpr, layout: gl.constexpr):
     """(p, alpha, new maximum) of a tile of scores, base 2. The maximum stays as it is until it has grown by a factor of
-    256 at least, so that alpha is 1 but for a few tiles. EMPTY: a row may have seen no key yet."""
+    256 at least, so that alpha is 1 but for a few tiles. EMPTY: a row may have seen no key yet; without it, one whose
+    scores are all -inf so far gets NaN, which takes an infinite key."""
     x = s
     HALVINGS: gl.constexpr = 4 if s.shape[1] == 128 else 3  # to 8 columns
     for _ in gl.static_range(HALVINGS):  # no long chain of instructions that wait for each other
@@ -440,7 +443,8 @@ def applies(q, k, v, o, scale, processors):
 
 
 def edges(left, right):
-    """Whether a query may miss keys of other tiles than the first that it walks over, or all keys of that."""
+    """Whether the walk past its first tile needs a mask and a test for rows without keys: not where the diagonal is at
+    a multiple of 64, and no window. Then 64 rows all see a key of their first tile and all keys of others, if any."""
     return left is not None or (right or 0) % ROWS.value != 0
 
 

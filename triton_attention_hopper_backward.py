@@ -7,7 +7,7 @@ all three. dK and dV stay in its registers; dQ goes from tile to tile of keys, e
     fetching warp   Q1 dO1              Q2 dO2              ...            by TMA, into rings of shared memory
     eight warps     S0   dP0     dV  dQ0  dK | S1   dP1     dV  dQ1  dK    tensor cores, asynchronous
                          P0  dS0             |      P1  dS1                 the other units, P beneath dP
-    waiting warp    until dQ0 has what the keys after these add to it, until dQ1 ...
+    waiting warp    until dQ0 has what others add to it before this, until dQ1 ...
     storing warp                          dQ0 added to memory, by TMA; the next tile may add its part       ...
 
 S^T = K Q^T and dP^T = V dO^T come transposed out of the tensor cores, the way dV += P^T dO and dK += dS^T Q take them
@@ -74,8 +74,8 @@ L2 = 32 << 20  # bytes: heads whose queries, and what belongs to them, fit there
 
 @gluon.jit
 def _place(item, work, LEFT: gl.constexpr, RIGHT: gl.constexpr):
-    """(tile of keys, head of keys, up) of an item of the list: a section of heads at a time, in it the last keys first,
-    or if `up` the first: where that is the longest walk, in the last section, so that all programs end together."""
+    """(tile of keys, head, up) of an item: a section of heads at a time, last keys first; in the last section, if there
+    is only a right bound, first keys and last queries first (`up`): the long walks, so that all end together."""
     tiles, heads, section = work[:3]
     whole = item // (tiles * section) * section
     rest = item - whole * tiles
@@ -101,7 +101,7 @@ def _query_tiles(tile_n, work, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M:
 
 @gluon.jit
 def _turn(tile_n, tile_m, up, work, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
-    """How many tiles of keys add to a tile of queries before this one: those seen after it, or if `up` before it."""
+    """How many tiles of keys add to a tile of queries before this one: those seen after it; if `up`, all before it."""
     tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
     last = tiles - 1
     if RIGHT:
@@ -461,13 +461,13 @@ def _backward_kernel(
     ], [1, 1, 1], [REST, REST, REST])
 
 
-def applies(q, k, v, scale, right, processors):
-    """Whether the kernel takes these inputs, is worth its descriptors and fills the GPU; else the plain kernels run."""
+def applies(q, k, v, scale, left, right, processors):
+    """Whether the kernel takes these inputs, is worth its descriptors and shares its work well; else the plain ones."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
+    fewest = FEWEST * processors * (0.25 if left is None and right is not None else 1)
     return (
         q.element_size() == 2 and 0 < D <= 128 and 0 < DV <= 128 and D % 8 == 0 and DV % 8 == 0 and scale != 0.0
-        and 10 * B * H * M * N * D >= SMALLEST
-        and B * Hk * triton.cdiv(N, KEYS.value) >= FEWEST * processors * (1 if right is None else 0.25)
+        and 10 * B * H * M * N * D >= SMALLEST and B * Hk * triton.cdiv(N, KEYS.value) >= fewest
         and all(readable(t) for t in (q, k, v))
     )
 
