@@ -185,7 +185,7 @@ def _fetch(
         following = item + gl.num_programs(0)
         if LEFT or RIGHT:
             taken = gl.to_tensor(0)
-            # here: marks come after the first K
+            # before the first K: who waits for that may then write marks
             before = write_down(log_ptr, (off_b * H + off_h) * row_tiles + start_m // BLOCK_M, before, WARPGROUPS)
         first, last = key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
         off_hk = off_h // GROUP

@@ -73,10 +73,11 @@ L2 = 32 << 20  # bytes: heads whose queries, and what belongs to them, fit there
 
 
 @gluon.jit
-def _place(item, work, LEFT: gl.constexpr, RIGHT: gl.constexpr):
-    """(tile of keys, head, up) of an item: a section of heads at a time, last keys first; in the last section, if there
-    is only a right bound, first keys and last queries first (`up`): the long walks, so that all end together."""
-    tiles, heads, section = work[:3]
+def _walk(item, work, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
+    """(tile of keys, head, up, first and number of the tiles of queries that may see it) of an item: a section of heads
+    at a time, last keys first; in the last section, if there is only a right bound, first keys and last queries first
+    (`up`): the long walks, so that all programs end together."""
+    tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
     whole = item // (tiles * section) * section
     rest = item - whole * tiles
     wide = gl.minimum(section, heads - whole)
@@ -84,19 +85,13 @@ def _place(item, work, LEFT: gl.constexpr, RIGHT: gl.constexpr):
     if RIGHT and not LEFT:
         up = whole + section >= heads
         tile_n = gl.where(up, rest // wide, tile_n)
-    return tile_n, whole + rest % wide, up
-
-
-@gluon.jit
-def _query_tiles(tile_n, work, LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr):
-    """(first, how many) of the tiles of queries that may see a tile of keys."""
-    tiles, heads, section, Hk, GROUP, row_tiles, N, left, right = work
+    head = whole + rest % wide
     first, end = gl.to_tensor(0), row_tiles
     if RIGHT:
         first = gl.maximum(tile_n * KEYS - right, 0) // BLOCK_M
     if LEFT:
         end = gl.minimum(end, gl.maximum(tile_n * KEYS + (KEYS - 1 + BLOCK_M) - left, 0) // BLOCK_M)
-    return first, gl.maximum(end - first, 0)
+    return tile_n, head, up, first, gl.maximum(end - first, 0)
 
 
 @gluon.jit
@@ -169,8 +164,7 @@ def _fetch(
     last_b, last_hk, last_n = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     while item < items:
         _announce(item, told, turn)
-        tile_n, head, up = _place(item, work, LEFT, RIGHT)
-        first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
+        tile_n, head, up, first, count = _walk(item, work, LEFT, RIGHT, BLOCK_M)
         off_b, off_hk, start_n = head // Hk, head % Hk, tile_n * KEYS
         steps = GROUP * count
         for step in range(gl.maximum(steps, 1)):
@@ -210,8 +204,7 @@ def _await_turns(tickets_ptr, turns, told, work, LEFT: gl.constexpr, RIGHT: gl.c
     total = gl.to_tensor(0)
     item = _next_item(told, turn, 1)
     while item >= 0:
-        tile_n, head, up = _place(item, work, LEFT, RIGHT)
-        first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
+        tile_n, head, up, first, count = _walk(item, work, LEFT, RIGHT, BLOCK_M)
         for step in range(GROUP * count):
             tile_m, tile = _step(step, first, count, head, up, work)
             mbarrier.wait(gone.index(total % 2), (total // 2 & 1) ^ 1)
@@ -235,8 +228,7 @@ def _store(
     total = gl.to_tensor(0)
     item = _next_item(told, turn, 1)
     while item >= 0:
-        tile_n, head, up = _place(item, work, LEFT, RIGHT)
-        first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
+        tile_n, head, up, first, count = _walk(item, work, LEFT, RIGHT, BLOCK_M)
         for step in range(GROUP * count):
             tile_m, tile = _step(step, first, count, head, up, work)
             before = _turn(tile_n, tile_m, up, work, RIGHT, BLOCK_M)
@@ -322,8 +314,7 @@ def _multiply(
     total = gl.to_tensor(0)
     item = _next_item(told, turn, 8)
     while item >= 0:
-        tile_n, head, up = _place(item, work, LEFT, RIGHT)
-        first, count = _query_tiles(tile_n, work, LEFT, RIGHT, BLOCK_M)
+        tile_n, head, up, first, count = _walk(item, work, LEFT, RIGHT, BLOCK_M)
         start_n = tile_n * KEYS
         by, first_m, end_m = BLOCK_M, uniform(first * BLOCK_M), uniform((first + count) * BLOCK_M)
         if RIGHT and not LEFT:
