@@ -18,8 +18,9 @@ CHUNK = 1024  # queries at a time in the reference, so that its memory grows wit
 # ---- shapes, counts, inputs
 
 
-def label(B, H, S, D, dtype, causal):
-    return f"{dtype} B{B} H{H} S{S} D{D}{' causal' if causal else ''}"
+def label(B, H, S, D, dtype, causal, kv_heads=None):
+    shared = f"/{kv_heads}" if kv_heads and kv_heads != H else ""
+    return f"{dtype} B{B} H{H}{shared} S{S} D{D}{' causal' if causal else ''}"
 
 
 def about(B, H, S, D, dtype, causal):
@@ -83,9 +84,11 @@ def torch_three(q, k, v, causal, first_m=None):
     return hide_future((q * q.shape[-1] ** -0.5) @ k.mT, causal, first_m).softmax(-1) @ v
 
 
-def last_head(result):
-    """What is checked: the last head of the last batch."""
-    return tuple(t[-1:, -1:] for t in result) if isinstance(result, tuple) else result[-1:, -1:]
+def last_head(result, queries=1):
+    """What is checked: the last head of keys of the last batch, with its heads of queries: in Q, O or (dq, dk, dv)."""
+    if isinstance(result, tuple):
+        return result[0][-1:, -queries:], *(t[-1:, -1:] for t in result[1:])
+    return result[-1:, -queries:]
 
 
 def last_rows(result):
@@ -94,7 +97,7 @@ def last_rows(result):
 
 
 def reference(q, k, v, causal, g=None):
-    """O of the last head by PyTorch's three operations, or with g its gradients (dq, dk, dv)."""
+    """O by PyTorch's three operations, or with g the gradients (dq, dk, dv); of one head of keys, or as many as Q's."""
     import torch
 
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -222,6 +225,10 @@ class Provider:
     compiles: bool = False  # by torch.compile, for seconds a shape
 
 
+def shares_keys(q, k):
+    return k.shape[1] < q.shape[1]
+
+
 def ours(module, function):
     """Prepare a function of this repository; of a tuple, O comes first."""
 
@@ -229,7 +236,7 @@ def ours(module, function):
         attention = getattr(importlib.import_module(module), function)
 
         def call():
-            out = attention(q, k, v, is_causal=causal)
+            out = attention(q, k, v, is_causal=causal, enable_gqa=shares_keys(q, k))
             return out[0] if isinstance(out, tuple) else out
 
         return call
@@ -258,7 +265,7 @@ def sdpa(backend):
 
         def call():
             with sdpa_kernel(getattr(SDPBackend, backend)):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=shares_keys(q, k))
 
         return call
 
@@ -278,10 +285,10 @@ def flex(q, k, v, causal):
     S = q.shape[2]
     mask = create_block_mask(lambda b, h, m, n: m >= n, None, None, S, S, device=q.device) if causal else None
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, block_mask=mask)
+    return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=shares_keys(q, k))
 
 
-def flash(module):
+def flash(module, **options):
     """Prepare flash_attn_func of a FlashAttention package: [B, S, H, D] in and out."""
 
     def prepare(q, k, v, causal):
@@ -289,7 +296,7 @@ def flash(module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
 
         def call():
-            out = attention(q, k, v, causal=causal)
+            out = attention(q, k, v, causal=causal, **options)
             return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
         return call
@@ -309,6 +316,7 @@ ATTENTION = {
     "fa2": Provider(flash("flash_attn")),
     "fa3": Provider(flash("fa3_fwd_interface"), modes=("fwd",)),
     "fa4": Provider(flash("flash_attn.cute")),
+    "fa4 deterministic": Provider(flash("flash_attn.cute", deterministic=True), modes=("bwd",)),
     "torch": Provider(lambda q, k, v, causal: lambda: torch_three(q, k, v, causal), (2, 3)),
 }
 
@@ -318,12 +326,14 @@ def providers(mode, args):
     return [name for name, p in ATTENTION.items() if mode in p.modes and not (args.quick and p.compiles)]
 
 
-def attention(mode, B, H, S, D, dtype, causal, seed):
-    """The Comparison of all of ATTENTION: forward, or backward (dq, dk, dv)."""
+def attention(mode, B, H, S, D, dtype, causal, seed, kv_heads=None):
+    """The Comparison of all of ATTENTION: forward, or backward (dq, dk, dv); kv_heads: of keys and values, if fewer."""
     import torch
 
-    bwd = mode == "bwd"
-    q, k, v = inputs(seed, (B, H, S, D), dtype, 3, grad=bwd)
+    bwd, kv_heads = mode == "bwd", kv_heads or H
+    (q,) = inputs(seed, (B, H, S, D), dtype, 1, grad=bwd)
+    k, v = inputs(seed + 1, (B, kv_heads, S, D), dtype, 2, grad=bwd)
+    pick = functools.partial(last_head, queries=H // kv_heads)
     g = torch.randn_like(q) if bwd else None
     size, pairs = q.element_size(), B * H * visible_pairs(S, causal)
 
@@ -338,18 +348,18 @@ def attention(mode, B, H, S, D, dtype, causal, seed):
         return lambda: torch.autograd.grad(out, (q, k, v), g, retain_graph=True)
 
     def check(dtype):
-        heads = [last_head(t.detach()).to(dtype) for t in (q, k, v)]
-        return reference(*heads, causal, last_head(g).to(dtype) if bwd else None)
+        heads = (pick(q.detach()), last_head(k.detach()), last_head(v.detach()))
+        return reference(*(t.to(dtype) for t in heads), causal, pick(g).to(dtype) if bwd else None)
 
     # over S x S: forward writes S, reads S, writes P, reads P (of a causal row, P is written whole); backward reads P
     # for dV, reads P and writes dS, reads dS for dQ and for dK
     passes = 5 * pairs if bwd else 3 * pairs + B * H * S * S
-    linear = size * B * H * S * D * (8 if bwd else 4)  # q k v o and their gradients, once each
+    linear = size * B * (2 * H + 2 * kv_heads) * S * D * (2 if bwd else 1)  # q k v o and their gradients, once each
     staged = (linear + size * (passes + (0 if bwd else 2 * B * H * S * D)), (8 if bwd else 4) * pairs * D)
     storing = {name: provider for name, provider in ATTENTION.items() if provider.matrices[0]}
     together = sum(provider.matrices[bwd] for provider in storing.values()) * size * B * H * S * S
     return Comparison(
         {name: functools.partial(make, provider) for name, provider in ATTENTION.items()},
-        check, last_head, linear, (10 if bwd else 4) * pairs * D,
+        check, pick, linear, (10 if bwd else 4) * pairs * D,
         own=dict.fromkeys(storing, staged), alone=tuple(storing) if together > free_bytes() else (),
     )

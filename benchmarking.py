@@ -59,9 +59,16 @@ class Case:
     about: dict = field(default_factory=dict)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that there are."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parser(description):
     """The options that the scripts share; --help needs neither torch nor a GPU."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=description, formatter_class=_Help)
     p.add_argument("--mode", choices=("fwd", "bwd", "both"), default="both", help="forward, backward, or both")
     p.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes instead of the script's own")
     p.add_argument("--batch", type=int, default=4, help="batch size B")

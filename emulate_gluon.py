@@ -295,7 +295,7 @@ def mma_wait(pending, products):
 nothing = lambda *args, **kwargs: None  # noqa: E731  layouts
 LANGUAGE = SimpleNamespace(
     constexpr=lambda x: x, static_assert=nothing, to_tensor=lambda x: x, static_range=range,
-    float32=torch.float32, int8=torch.int8, int32=torch.int32, int64=torch.int64,
+    float32=torch.float32, int8=torch.int8, int32=torch.int32, uint32=torch.int64, int64=torch.int64,
     program_id=lambda axis: here.number, num_programs=lambda axis: here.size,
     minimum=either(torch.minimum, min), maximum=either(torch.maximum, max), where=where,
     zeros=lambda shape, dtype, layout: torch.zeros(shape), zeros_like=torch.zeros_like,
@@ -303,6 +303,7 @@ LANGUAGE = SimpleNamespace(
     arange=lambda start, end, layout: torch.arange(start, end), expand_dims=lambda x, axis: x.unsqueeze(axis),
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log=torch.log, abs=torch.abs,
     reshape=torch.reshape, permute=torch.permute, broadcast=torch.broadcast_tensors,
+    split=lambda x: x.unbind(-1), join=lambda x, y: torch.stack((x, y), -1),
     convert_layout=lambda x, layout: x, load=load_from, store=store,
     warp_specialize=warp_specialize, allocate_shared_memory=allocate,
     NVMMADistributedLayout=nothing, NVMMASharedLayout=nothing, DotOperandLayout=nothing,

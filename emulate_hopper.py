@@ -38,7 +38,7 @@ def forward(
         Pointer(lse), Pointer(counter), Pointer(log), scale * 1.4426950408889634,
         items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
         left is not None, right is not None, forward_kernels.edges(left, right),
-        block_m, block_n, block_d, stages, q_stages, 0, 0,
+        block_m == block_n and forward_kernels.half(left, right, M, N), block_m, block_n, block_d, stages, q_stages, 0, 0,
     )
     here.size, here.first = programs, 128
     together([(number, kernel._forward_kernel, arguments) for number in range(programs)])
@@ -145,7 +145,7 @@ BUGS = {  # name: (what is there, what a tired author writes, a case that shows 
     "the counter not left as it was": ("gl.store(counter_ptr, 0,", "gl.store(counter_ptr, 1,", _BANDED),
     "a number that only one lane has": ("            taken = uniform(taken)\n", "", _BANDED),
     "rows without keys not told apart": (
-        "_softmax(s, m_i, scale, EDGES, s_layout)", "_softmax(s, m_i, scale, False, s_layout)", {"left": 125},
+        "_maxima(s, m_i, scale, EDGES,", "_maxima(s, m_i, scale, False,", {"left": 125},
     ),
     "last queries first forgotten": ("by = uniform(gl.where(up, -BLOCK_M, BLOCK_M))", "by = BLOCK_M", _BACK),
     "Q released while dK is in flight": (

@@ -105,10 +105,16 @@ def _place(item, row_tiles, heads, section, H, BANDED: gl.constexpr, BLOCK_M: gl
 
 
 @gluon.jit
+def _slot(count, STAGES: gl.constexpr):
+    """count % STAGES, without the instructions for negative ones."""
+    return (gl.to_tensor(count).to(gl.uint32) % STAGES).to(gl.int32)
+
+
+@gluon.jit
 def _put(
     desc, off_b, off_h, start, bufs, full, count, FREE: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr
 ):
-    slot = count % STAGES
+    slot = _slot(count, STAGES)
     meet_at(FREE + slot, 128 * WARPGROUPS + 32)
     mbarrier.expect(full.index(slot), desc.block_type.nbytes)
     load_async(desc, [off_b, off_h, start, 0], full.index(slot), bufs.index(slot))
@@ -116,12 +122,13 @@ def _put(
 
 @gluon.jit
 def _await(full, count, STAGES: gl.constexpr, wanted=True):
-    mbarrier.wait(full.index(count % STAGES), count // STAGES & 1, pred=wanted)
+    phase = (count.to(gl.uint32) // STAGES & 1).to(gl.int32)
+    mbarrier.wait(full.index(_slot(count, STAGES)), phase, pred=wanted)
 
 
 @gluon.jit
 def _release(count, FREE: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr):
-    arrive_at(FREE + count % STAGES, 128 * WARPGROUPS + 32)
+    arrive_at(FREE + _slot(count, STAGES), 128 * WARPGROUPS + 32)
 
 
 @gluon.jit
@@ -237,19 +244,36 @@ def _read(ticket):
 
 
 @gluon.jit
-def _softmax(s, m_i, scale, EMPTY: gl.constexpr, layout: gl.constexpr):
-    """(p, alpha, new maximum) of a tile of scores, base 2. The maximum stays as it is until it has grown by a factor of
-    256 at least, so that alpha is 1 but for a few tiles. EMPTY: a row may have seen no key yet; without it, one whose
-    scores are all -inf so far gets NaN, which takes an infinite key."""
+def _maxima(s, m_i, scale, EMPTY: gl.constexpr, WARPGROUPS: gl.constexpr, layout: gl.constexpr):
+    """(what to subtract from a tile of scores, alpha, new maximum), base 2. The maximum stays as it is until it has
+    grown by a factor of 256 at least, so that alpha is 1 but for a few tiles. EMPTY: a row may have seen no key yet;
+    without it, one whose scores are all -inf so far gets NaN, which takes an infinite key."""
     x = s
-    HALVINGS: gl.constexpr = 4 if s.shape[1] == 128 else 3  # to 8 columns
-    for _ in gl.static_range(HALVINGS):  # no long chain of instructions that wait for each other
-        x = gl.max(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), 1)
-    m_new = both_first(gl.maximum(m_i, gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, layout)) * scale))
+    if WARPGROUPS == 3:  # whose registers are few: no long chain of instructions that wait for each other
+        for _ in gl.static_range(4):
+            x = gl.max(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), 1)
+    m_new = gl.maximum(m_i, gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, layout)) * scale)
+    if WARPGROUPS == 3:
+        m_new = both_first(m_new)
     m_new = gl.where(m_new > m_i + 8.0, m_new, m_i)
     top = gl.where(m_new == float("-inf"), 0.0, m_new) if EMPTY else m_new
-    p = gl.exp2(s * scale - gl.expand_dims(top, 1))
-    return p, gl.exp2(m_i - top), m_new
+    return top, gl.exp2(m_i - top), m_new
+
+
+@gluon.jit
+def _weights(s, top, scale):
+    return gl.exp2(s * scale - _along(top, s))
+
+
+@gluon.jit
+def _halves(x):
+    """The first half of the columns, and the second; a thread has some of each."""
+    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
+@gluon.jit
+def _whole(x, y):
+    return gl.reshape(gl.permute(gl.join(x, y), (0, 2, 1)), [x.shape[0], 2 * x.shape[1]])
 
 
 @gluon.jit
@@ -259,23 +283,46 @@ def _sums(p):
 
 
 @gluon.jit
-def _along(x, sums):
-    """x, a number for each row, in the threads that have these rows of sums."""
-    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, sums.type.layout)), 1)
+def _along(x, rows):
+    """x, a number for each row, in the threads that have these rows."""
+    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, rows.type.layout)), 1)
+
+
+@gluon.jit
+def _first_tile(
+    q, k, scale, row, start_n, N, left, right, masked, count,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
+    s_layout: gl.constexpr,
+):
+    """(weights of the first tile of keys, 0 in its second half if k is no more than the first, maxima)."""
+    KEYS: gl.constexpr = k.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
+    zeros = gl.zeros([ROWS, KEYS], gl.float32, layout)
+    s = warpgroup_mma_wait(0, [warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)])
+    _release(count, K_FREE, STAGES, WARPGROUPS)
+    if masked:
+        s = hide(s, row, start_n, N, left, right, LEFT, RIGHT, layout)
+    m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
+    top, _, m_i = _maxima(s, m_i, scale, LEFT or RIGHT, WARPGROUPS, layout)
+    p = _weights(s, top, scale)
+    if KEYS < BLOCK_N:
+        p = gl.convert_layout(_whole(p, gl.zeros_like(p)), s_layout)
+    return p, gl.convert_layout(m_i, gl.SliceLayout(1, s_layout))
 
 
 @gluon.jit
 def _attend(
     out, rings, work,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, EDGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WARPGROUP: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, EDGES: gl.constexpr, HALF: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WARPGROUP: gl.constexpr,
 ):
-    """One warpgroup: 64 queries of every tile. EDGES: see edges()."""
+    """One warpgroup: 64 queries of every tile. EDGES, HALF: see edges() and half()."""
     o_desc, o_bufs, lse_ptr, log_ptr, scale = out
     q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, v_full, tickets = rings
     items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     BANDED: gl.constexpr = LEFT or RIGHT
+    EARLY: gl.constexpr = BANDED and Q_STAGES == 2  # the next tile is known before this one's last product is done
     dtype: gl.constexpr = q_bufs.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
@@ -300,13 +347,13 @@ def _attend(
             count = _skip(last - own_last, count, k_full, v_full, STAGES, WARPGROUPS)
 
         _await(k_full, count, STAGES)
-        k_t = k_bufs.index(count % STAGES).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-        s = warpgroup_mma_wait(0, [warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)])
-        _release(count, K_FREE, STAGES, WARPGROUPS)
-        if BANDED or (own_last + 1) * BLOCK_N > N:
-            s = hide(s, row, own_last * BLOCK_N, N, left, right, LEFT, RIGHT, s_layout)
-        m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-        p, alpha, m_i = _softmax(s, m_i, scale, BANDED, s_layout)
+        k = k_bufs.index(_slot(count, STAGES)).reshape([BLOCK_N, BLOCK_D])
+        if HALF and WARPGROUP == 0:
+            k = k.slice(0, ROWS, dim=0)
+        p, m_i = _first_tile(
+            q, k, scale, row, own_last * BLOCK_N, N, left, right, BANDED or (own_last + 1) * BLOCK_N > N, count,
+            LEFT, RIGHT, BLOCK_N, STAGES, WARPGROUPS, s_layout,
+        )
         l_i = _sums(p)
         p_16 = gl.convert_layout(p.to(dtype), p_layout)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
@@ -314,10 +361,10 @@ def _attend(
         _await(k_full, count, STAGES, own_first < own_last)
 
         for step in range(1, own_last - own_first + 1):
-            k_t = k_bufs.index(count % STAGES).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+            k_t = k_bufs.index(_slot(count, STAGES)).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
             s_token = warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)
             _await(v_full, count - 1, STAGES)
-            v = v_bufs.index((count - 1) % STAGES).reshape([BLOCK_N, BLOCK_D])
+            v = v_bufs.index(_slot(count - 1, STAGES)).reshape([BLOCK_N, BLOCK_D])
             o_token = warpgroup_mma(p_16, v, acc, is_async=True)
             s = warpgroup_mma_wait(1, [s_token])
             _release(count, K_FREE, STAGES, WARPGROUPS)
@@ -330,25 +377,36 @@ def _attend(
                     edge = edge | (start_n < row + (ROWS - 1) + left)
                 if edge:
                     s = hide(s, row, start_n, N, left, right, EDGES and LEFT, EDGES and RIGHT, s_layout)
-            p, alpha, m_i = _softmax(s, m_i, scale, EDGES, s_layout)
-            l_i = l_i * _along(alpha, l_i) + _sums(p)
+            top, alpha, m_i = _maxima(s, m_i, scale, EDGES, WARPGROUPS, s_layout)
+            if WARPGROUPS == 2:
+                s_0, s_1 = _halves(s)
+                p_0 = _weights(s_0, top, scale)
+            else:
+                weights = _weights(s, top, scale)
+                l_i = l_i * _along(alpha, l_i) + _sums(weights)
             count += 1
             _await(k_full, count, STAGES, step < own_last - own_first)  # here: it keeps the next wait below the softmax
             acc = warpgroup_mma_wait(0, [o_token])
             _release(count - 2, V_FREE, STAGES, WARPGROUPS)
             acc = rescale(acc, gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1))
-            p_16 = gl.convert_layout(p.to(dtype), p_layout)
+            if WARPGROUPS == 2:
+                weights = gl.convert_layout(_whole(p_0, _weights(s_1, top, scale)), s_layout)
+                l_i = l_i * _along(alpha, l_i) + _sums(weights)
+            p_16 = gl.convert_layout(weights.to(dtype), p_layout)
         if Q_STAGES == 2:
             mbarrier.arrive(q_empty.index(q_place), count=1)
 
         _await(v_full, count - 1, STAGES)
-        v = v_bufs.index((count - 1) % STAGES).reshape([BLOCK_N, BLOCK_D])
+        v = v_bufs.index(_slot(count - 1, STAGES)).reshape([BLOCK_N, BLOCK_D])
         o_token = warpgroup_mma(p_16, v, acc, is_async=True)
         rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
         l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, s_layout))
         lse = m_i * LN2 + gl.log(l_i)
         gl.store(lse_ptr + (off_b * H + off_h).to(gl.int64) * opaque(M) + rows, lse, mask=rows < M)
         inverse = 1.0 / gl.where(l_i == 0.0, 1.0, l_i)
+        turn += 1
+        if EARLY:
+            next_b, next_h, next_m = _next_tile(tickets, q_full, turn, Q_STAGES, WARPGROUPS, WARPGROUP)
         acc = warpgroup_mma_wait(0, [o_token])
         _release(count - 1, V_FREE, STAGES, WARPGROUPS)
         if BANDED:
@@ -366,8 +424,9 @@ def _attend(
         if BANDED:
             tile = (off_b * H + off_h) * row_tiles + start_m // BLOCK_M
             mark_nan(acc_16, log_ptr + (tile * 4 + WARPGROUP), log_ptr + 4 * (items + program()))
-        turn += 1
-        off_b, off_h, start_m = _next_tile(tickets, q_full, turn, Q_STAGES, WARPGROUPS, WARPGROUP)
+        if not EARLY:
+            next_b, next_h, next_m = _next_tile(tickets, q_full, turn, Q_STAGES, WARPGROUPS, WARPGROUP)
+        off_b, off_h, start_m = next_b, next_h, next_m
     written()
 
 
@@ -377,8 +436,9 @@ def _attend(
 def _forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, counter_ptr, log_ptr, scale,
     items, row_tiles, heads, section, H, GROUP, M, N, left, right,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, EDGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, REGISTERS: gl.constexpr, REST: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, EDGES: gl.constexpr, HALF: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr, REST: gl.constexpr,
 ):
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     gl.static_assert(STAGES <= V_FREE - K_FREE)
@@ -409,16 +469,16 @@ def _forward_kernel(
     work = (items, row_tiles, heads, section, H, GROUP, M, N, left, right)
     if WARPGROUPS == 2:
         gl.warp_specialize([
-            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 0)),
-            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 1)),
+            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, HALF, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 0)),
+            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, HALF, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 1)),
             (_fetch, (q_desc, k_desc, v_desc, counter_ptr, log_ptr, rings, work,
                       LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES, Q_STAGES)),
         ], [4, 1], [REGISTERS, REST])
     else:
         gl.warp_specialize([
-            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 0)),
-            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 1)),
-            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 2)),
+            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, HALF, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 0)),
+            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, HALF, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 1)),
+            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, HALF, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 2)),
             (_fetch, (q_desc, k_desc, v_desc, counter_ptr, log_ptr, rings, work,
                       LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES, Q_STAGES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, REST])
@@ -446,6 +506,11 @@ def edges(left, right):
     """Whether the walk past its first tile needs a mask and a test for rows without keys: not where the diagonal is at
     a multiple of 64, and no window. Then 64 rows all see a key of their first tile and all keys of others, if any."""
     return left is not None or (right or 0) % ROWS.value != 0
+
+
+def half(left, right, M, N):
+    """Whether the first 64 of every 128 queries see only the first half of the 128 keys that they begin with."""
+    return left is None and right is not None and right % (2 * ROWS.value) == 0 and M + right <= N
 
 
 @functools.lru_cache
@@ -477,7 +542,8 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
         items, row_tiles, B * H, section_of(B * H, row_tiles, processors) if banded else 1, H, H // Hk, M, N,
         left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,
-        EDGES=edges(left, right), BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D,
+        EDGES=edges(left, right), HALF=tile.BLOCK_M == tile.BLOCK_N and half(left, right, M, N),
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D,
         STAGES=tile.num_stages, Q_STAGES=2 if tile.BLOCK_D <= 128 else 1,  # more do not fit
         REGISTERS=tile.registers, REST=registers * (warpgroups + 1) - tile.registers * warpgroups,
         num_warps=4, maxnreg=registers,

@@ -1,0 +1,121 @@
+"""Is fused attention as fast as the fastest kernels there are: those of cuDNN, FlashAttention-3 and FlashAttention-4?
+
+    python3 benchmark_peers.py [--quick] [--mode fwd]      eight minutes on an H100 or H200
+
+The work is the same in every case, B S = 16384 tokens in H D = 2048 channels, but for a few others at the end: heads
+that share keys, a wide head dim, short calls in which the host is a part of the time. Everybody is checked and timed in
+turns, in three passes, as a chip's clock moves with its heat. The table has the medians over passes and the ratio of
+ours to the best of the others, with the least and the greatest of a pass's ratios. Backward, FlashAttention-4 adds dQ
+up in a fixed order, as ours does. The two FlashAttentions are measured where they are installed:
+
+    pip install --no-deps fa3_fwd && pip install flash-attn-4
+"""
+
+import functools
+import math
+import statistics
+
+import benchmark_providers
+import benchmarking
+from benchmark_results import load, path_of
+from benchmarking import Case
+
+TOKENS, CHANNELS = 16384, 2048
+HEAD_DIMS, SEQ_LENS = (128, 64), (512, 2048, 8192, 16384)
+OTHERS = [(2, 32, 8, 8192, 128), (8, 8, 8, 2048, 256), (2, 8, 8, 8192, 256), (1, 8, 8, 1024, 64), (1, 8, 8, 1024, 128)]
+OURS = "triton fused"
+PEERS = {"fwd": (OURS, "SDPA cudnn", "fa3", "fa4"), "bwd": (OURS, "SDPA cudnn", "fa4 deterministic")}
+NAMES = {"fwd": "forward", "bwd": "backward"}
+
+
+def parser():
+    p = benchmarking.parser(__doc__.split("\n")[0])
+    p.set_defaults(batch=None, heads=None)
+    p.add_argument("--kv-heads", type=int, help="heads of keys and values, where they are fewer than those of queries")
+    p.add_argument("--passes", type=int, default=3, help="how many times everything is measured")
+    return p
+
+
+def cells(args, interpreted):
+    """[(B, H, heads of keys, S, D, whether the work is that of most others)]."""
+    if interpreted:
+        return [(1, 4, 2, 64, 64, True)]
+    head_dims, seq_lens = (HEAD_DIMS[:1], SEQ_LENS[1:3]) if args.quick else (HEAD_DIMS, SEQ_LENS)
+    found = []
+    for D in args.head_dim or head_dims:
+        for S in args.seq_lens or seq_lens:
+            H = args.heads or max(1, CHANNELS // D)
+            found.append((args.batch or max(1, TOKENS // S), H, args.kv_heads or H, S, D, True))
+    asked = args.quick or args.seq_lens or args.head_dim or args.batch or args.heads or args.kv_heads
+    return found if asked else found + [(*other, False) for other in OTHERS]
+
+
+def rows(args, interpreted):
+    """The Cases: forward, then backward, each pass after the other."""
+    for mode in ("fwd", "bwd") if args.mode == "both" else (args.mode,):
+        for number in range(1, 1 + (1 if args.quick or interpreted else args.passes)):
+            for B, H, kv_heads, S, D, same in cells(args, interpreted):
+                for causal in (False, True) if args.causal is None else (args.causal,):
+                    for dtype in args.dtype or ["bfloat16"]:
+                        shape = (B, H, S, D, dtype, causal)
+                        build = functools.partial(benchmark_providers.attention, mode, *shape, args.seed, kv_heads)
+                        label = benchmark_providers.label(*shape, kv_heads)
+                        about = {**benchmark_providers.about(*shape), "mode": mode, "same": same}
+                        yield Case(f"{NAMES[mode]}, pass {number}", label, list(PEERS[mode]), build, about)
+
+
+def compare(rows, mode):
+    """[(case, {provider: median TFLOP/s}, (ratio of ours to the best of the others, least, greatest of a pass), whether
+    it is one of the same work)]; the ratio is None where there are no others."""
+    found = {}
+    for row in rows:
+        if row.about["mode"] == mode and row.tflops:
+            found.setdefault((row.case, row.about["same"]), {}).setdefault(row.provider, {})[row.name] = row.tflops
+    lines = []
+    for (case, same), by_provider in found.items():
+        medians = {name: statistics.median(passes.values()) for name, passes in by_provider.items()}
+        ours, others = by_provider.get(OURS, {}), [name for name in medians if name != OURS]
+        ratio = None
+        if ours and others:
+            best = {p: max(by_provider[name].get(p, 0.0) for name in others) for p in ours}
+            each = [ours[p] / best[p] for p in ours if best[p]]
+            ratio = (medians[OURS] / max(medians[name] for name in others), min(each), max(each)) if each else None
+        lines.append((case, medians, ratio, same))
+    return lines
+
+
+def mean(lines):
+    """Geometric mean of the ratios over the cases of the same work, or None."""
+    ratios = [ratio[0] for _, _, ratio, same in lines if same and ratio]
+    return statistics.geometric_mean(ratios) if ratios else None
+
+
+def show(rows):
+    """The comparison, a line for each case."""
+    for mode, name in NAMES.items():
+        lines = compare(rows, mode)
+        if not lines:
+            continue
+        print(f"\n{name}, TFLOP/s: medians over passes; ours to the best of the others [least, greatest of a pass]")
+        print(f"{'case':36}" + "".join(f"{peer:>19}" for peer in PEERS[mode]) + f"{'ratio':>9}")
+        for case, medians, ratio, _ in lines:
+            numbers = "".join(f"{medians.get(peer, math.nan):19.0f}" for peer in PEERS[mode]).replace("nan", "  -")
+            print(f"{case:36}{numbers}" + ("" if not ratio else "{:9.3f} [{:.2f}, {:.2f}]".format(*ratio)))
+        if mean(lines):
+            print(f"geometric mean over the cases of the same work: {mean(lines):.3f}")
+
+
+def main():
+    args = parser().parse_args()
+    if args.plot:
+        loaded = load(path_of(args, "benchmark_peers"))
+        show(loaded[1] if loaded else [])
+        return
+    watch = benchmarking.stopwatch(args)
+    results = benchmarking.run("benchmark_peers", rows(args, watch is None), args, watch)
+    show(results)
+    raise SystemExit(any(row.note == "WRONG" for row in results))
+
+
+if __name__ == "__main__":
+    main()
