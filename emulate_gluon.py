@@ -314,7 +314,7 @@ NAMES = {
     "publish": publish, "spin_until": spin_until, "inline": lambda asm, x: int(x), "opaque": int,
     "uniform": lambda x: x.number if isinstance(x, FirstLane) else int(x),
     "arrive_at": arrive_at, "meet_at": meet_at, "barrier": nothing, "take_number": take_number,
-    "both_first": lambda x: x, "_along": lambda x, sums: x.unsqueeze(1),
+    "both_first": lambda x: x, "along": lambda x, rows: x.unsqueeze(1),
     "tma": SimpleNamespace(store_wait=store_wait), "written": land, "program": lambda: here.number,
     "rescale": lambda x, alpha: x * alpha, "mark_nan": mark_nan,
     "load_async": lambda desc, at, barrier, place: desc.load(at, barrier, place),

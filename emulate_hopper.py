@@ -19,14 +19,14 @@ from testing import torch_fused  # noqa: E402
 
 HERE = Path(__file__).parent
 FORWARD, BACKWARD = HERE / "triton_attention_hopper.py", HERE / "triton_attention_hopper_backward.py"
-MASK = HERE / "triton_attention_hopper_mask.py"
+MASK, SOFTMAX = HERE / "triton_attention_hopper_mask.py", HERE / "triton_attention_hopper_softmax.py"
 
 
 def forward(
     q, k, v, scale, left=None, right=None, block_m=128, block_d=64, stages=2, programs=2, section=2, source=None
 ):
     """(O, lse, its log) of the kernel; q [B, H, M, D], k and v [B, Hk, N, D], D up to block_d, scale > 0."""
-    kernel = load(MASK.read_text() + (source or FORWARD.read_text()))
+    kernel = load(MASK.read_text() + SOFTMAX.read_text() + (source or FORWARD.read_text()))
     (B, H, M), (Hk, N) = q.shape[:3], k.shape[1:3]
     row_tiles, block_n, q_stages = -(-M // block_m), *((64, 1) if block_d == 256 else (128, 2))
     o, lse = torch.full_like(q, torch.nan), torch.full((B * H * M,), torch.nan)
@@ -38,7 +38,8 @@ def forward(
         Pointer(lse), Pointer(counter), Pointer(log), scale * 1.4426950408889634,
         items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
         left is not None, right is not None, forward_kernels.edges(left, right),
-        block_m == block_n and forward_kernels.half(left, right, M, N), block_m, block_n, block_d, stages, q_stages, 0, 0,
+        block_m == block_n and forward_kernels.half(left, right, M, N),
+        block_m, block_n, block_d, stages, q_stages, 0, 0,
     )
     here.size, here.first = programs, 128
     together([(number, kernel._forward_kernel, arguments) for number in range(programs)])
@@ -105,6 +106,7 @@ CASES = [
     {"left": -60, "right": 10, "block_m": 192}, {"left": 30}, {"right": -200, "stages": 3},
     {"block_m": 192, "programs": 1}, {"left": 90, "right": 20}, {"block_d": 256}, {"block_d": 256, "right": 0},
     {"left": 125}, {"right": 64}, {"right": -64, "block_m": 192}, {"right": -128}, {"right": 128, "block_m": 192},
+    {"right": 128},
     {"back": True}, {"back": True, "right": 0}, {"back": True, "right": 100, "stages": 3, "dq_stages": 2},
     {"back": True, "left": -60, "right": 10, "block_m": 64}, {"back": True, "left": 30},
     {"back": True, "right": -200, "section": 2}, {"back": True, "block_m": 64},
@@ -145,7 +147,7 @@ BUGS = {  # name: (what is there, what a tired author writes, a case that shows 
     "the counter not left as it was": ("gl.store(counter_ptr, 0,", "gl.store(counter_ptr, 1,", _BANDED),
     "a number that only one lane has": ("            taken = uniform(taken)\n", "", _BANDED),
     "rows without keys not told apart": (
-        "_maxima(s, m_i, scale, EDGES,", "_maxima(s, m_i, scale, False,", {"left": 125},
+        "maxima(s, m_i, scale, EDGES,", "maxima(s, m_i, scale, False,", {"left": 125},
     ),
     "last queries first forgotten": ("by = uniform(gl.where(up, -BLOCK_M, BLOCK_M))", "by = BLOCK_M", _BACK),
     "Q released while dK is in flight": (

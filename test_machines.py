@@ -134,6 +134,22 @@ def test_hopper_protocol_bugs_are_noticed(bug):
     assert emulate_hopper.notices(bug)
 
 
+def test_hopper_edges():
+    """No mask and half a first tile only where 64 queries, counted one by one, need no more."""
+    kernels, seen = triton_attention_hopper, set()
+    for M, N, right in itertools.product((64, 100, 300, 640), (1, 64, 128, 300, 640), range(-300, 301, 4)):
+        if kernels.edges(None, right):
+            continue
+        half = kernels.half(None, right, M, N)
+        seen.add(half)
+        for start in range(0, M, 64):
+            last = [min(N - 1, m + right) for m in range(start, start + 64)]  # keys that its queries see
+            tile = max(last[-1], 0) // 128
+            assert last[-1] < 0 or all(n >= tile * 128 or n == N - 1 for n in last)
+            assert not half or start % 128 or start >= M or last[-1] < tile * 128 + 64
+    assert seen == {False, True} and kernels.edges(0, 0) and not kernels.half(0, 0, 64, 64)
+
+
 def test_hopper_sections():
     """Not smaller than asked for, not more than twice that, and the last of them is not a small one."""
     for heads, row_tiles in itertools.product((1, 7, 64, 96, 256, 1000), (1, 4, 32, 500)):

@@ -16,13 +16,16 @@ of keys before the end, as the answer takes its time. (Asked for at the start, w
 the longest of the next round too: 5 % more cycles at D 64, S 8192.)
 
 Where the speed is from: wgmma stays in flight under the softmax only because the wait for the next K is between the
-exponentials and the wait for P V; without it ptxas moves the latter up. A branch around the mask, not a second loop,
-which would spill; and no mask at all past the first tile where the diagonal is at a multiple of 64, which spares three
-warpgroups 6 KB of instructions (D 64, causal, 2 to 3 %; at D 128 a branch is there all the same, as with it ptxas
-releases K earlier: 1 %), and a test for rows that have seen no key yet (D 128 1 to 2 %). 240 registers a thread of two
-warpgroups, or 160 of three where there are tiles enough for that, and few for the warp that fetches; that warp does the
-divisions that say which tile is next. Causal heads are worked on in sections, of two tiles a multiprocessor, so that K
-and V stay in L2: at S 512, D 128 254 -> 300 TFLOP/s.
+exponentials and the wait for P V; without it ptxas moves the latter up. With two warpgroups it is in the middle of the
+exponentials, so that the second half of them hides what may only come after P V: sums, P in 16 bits, O scaled. A branch
+around the mask, not a second loop, which would spill; and no mask at all past the first tile where the diagonal is at a
+multiple of 64, which spares three warpgroups 6 KB of instructions (D 64, causal, 2 to 3 %; at D 128 a branch is there
+all the same, as with it ptxas releases K earlier: 1 %), and a test for rows that have seen no key yet (D 128 1 to 2 %).
+Where the first tile begins with the tile of queries, the first warpgroup multiplies only the half of it that it sees,
+and so is ahead of the second, whose products fill its softmax (S 512 4 to 8 %, S 2048 1 to 3 %). 240 registers a thread
+of two warpgroups, or 160 of three where there are tiles enough for that, and few for the warp that fetches; that warp
+does the divisions that say which tile is next. Causal heads are worked on in sections, of two tiles a multiprocessor,
+so that K and V stay in L2: at S 512, D 128 254 -> 300 TFLOP/s.
 
 O is scaled only where the exponentials of a row have outgrown its maximum by a factor of 256 since the last time; else
 a warp jumps over it, and weights up to 256 do no harm, as FlashAttention-4 found on Blackwell. That was the largest
@@ -30,28 +33,25 @@ single gain: 5 to 8 % at D 128, 3 to 6 % at D 64. A causal call is one launch: t
 (counter in triton_attention_replay.py; a CUDA graph zeroes its own), and NaN in hidden values is found and repaired
 within, by what is described in triton_attention_hopper_mask.py.
 
-In the softmax, by cycles that a profiler counted (S 8192): a thread's maxima, of two rows, are computed by halves, and
-both before the exponentials of the first, else ptxas, short of registers, does one row after the other (D 64 12 %);
-sums of rows are added up across threads at the end (2 %); the mask compares with constants, which frees registers
-enough for three warpgroups in long causal attention too (D 64 11 %). A ring's place is released at a named barrier,
-where a warp says so and goes on; before it arrives at an mbarrier, Triton makes it wait for its warpgroup (1 to 4 %),
-as it still does once a tile, before the wait for K.
+The softmax is in triton_attention_hopper_softmax.py. A ring's place is released at a named barrier, where a warp says
+so and goes on; before it arrives at an mbarrier, Triton makes it wait for its warpgroup (1 to 4 %), as it still does
+once a tile, before the wait for K. Causal, the next tile is read while the last product of this one is computed (1 to
+3 %). A GPU that does not rest draws all the power it may have, and its clock falls to 1.5 GHz: of the cycles that are
+saved half come back as time.
 
-What gained nothing: turns at the tensor cores, one warpgroup after the other (-1 to 2 %); S of the next tile beneath
-the last P V of this one, as the other warpgroup is there to fill that gap; the second half of the exponentials beneath
-the scaling of O (3 % fewer cycles at D 128, but the chip, at the limit of its power, lowers the clock: 2 % slower); Q
-in registers (1 % at D 128, spills with ptxas 13); tiles that are dealt out in advance (8 % slower at S 8192; at S 512
-to 2048 2 % faster with D 128, 7 % slower with D 64); a counter for full attention too (1 % fewer cycles, no less time);
-a quarter or half of the exponentials by a cubic polynomial (6 to 26 % slower); turns at the exponentials, at named
-barriers that these depend on (1 to 8 % slower); another place for the barrier that Triton adds before the
-wait for K. With three warpgroups ptxas 12.8 moves the exponentials below the wait for P V again, now that a branch
-follows it; a barrier of the warp that holds them there costs more (5 %) than it gains, as two other warpgroups fill the
-gap.
+What gained nothing: turns at the tensor cores, one warpgroup after the other, passed on behind both products, behind
+the first or within the second; S of the next tile beneath the last P V of this one (full attention of D 128 1 to 2 %
+fewer cycles, else 1 to 3 % more); Q in registers (1 % at D 128, spills with ptxas 13); tiles that are dealt out in
+advance (8 % slower at S 8192); a counter for full attention too; a quarter or half of the exponentials by a cubic
+polynomial (6 to 26 % slower); turns at the exponentials, at named barriers that these depend on (1 to 8 % slower);
+another place for the barrier that Triton adds before the wait for K; the exponentials in halves with three warpgroups
+(9 % more cycles); two warpgroups in long attention of D 64 (5 to 20 % more). With three warpgroups ptxas 12.8 moves the
+exponentials below the wait for P V, as a branch follows it; a barrier of the warp that holds them there costs more than
+it gains, as two other warpgroups fill the gap.
 
 Head dims above 128 take tiles of 64 keys, and O leaves from the place of Q: 2.5 times as fast as the plain kernel.
 
-On an H100, bfloat16, B S = 16384, H D = 2048, S from 512 to 16384: D 128 531 to 671 TFLOP/s (causal 312 to 654), D 64
-382 to 545 (252 to 521); of the best of cuDNN, FlashAttention-3 and -4 0.93 to 1.08, mean 1.00.
+@@FIGURES@@
 
 Shah et al., "FlashAttention-3", 2024, for warp specialisation and the order of the two products. Gluon
 (triton.experimental.gluon) is Triton's lower-level language: layouts, barriers and copies are explicit.
@@ -67,10 +67,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )
 
-from triton_attention_hopper_mask import ROWS, close_log, hide, key_tiles, open_log, repair, write_down
+from triton_attention_hopper_mask import (
+    ROWS, close_log, edges, half, hide, key_tiles, open_log, repair, write_down,
+)
+from triton_attention_hopper_softmax import along, exponentials, halves, joined, maxima, row_sums
 from triton_attention_launch import TRITON, launch, tile_for
 from triton_attention_ptx import (
-    arrive_at, both_first, inline, mark_nan, meet_at, opaque, program, rescale, take_number, uniform, written,
+    arrive_at, inline, mark_nan, meet_at, opaque, program, rescale, take_number, uniform, written,
 )
 from triton_attention_replay import counter
 from triton_attention_tma import describe, load_async, readable, store_async
@@ -244,51 +247,6 @@ def _read(ticket):
 
 
 @gluon.jit
-def _maxima(s, m_i, scale, EMPTY: gl.constexpr, WARPGROUPS: gl.constexpr, layout: gl.constexpr):
-    """(what to subtract from a tile of scores, alpha, new maximum), base 2. The maximum stays as it is until it has
-    grown by a factor of 256 at least, so that alpha is 1 but for a few tiles. EMPTY: a row may have seen no key yet;
-    without it, one whose scores are all -inf so far gets NaN, which takes an infinite key."""
-    x = s
-    if WARPGROUPS == 3:  # whose registers are few: no long chain of instructions that wait for each other
-        for _ in gl.static_range(4):
-            x = gl.max(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), 1)
-    m_new = gl.maximum(m_i, gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, layout)) * scale)
-    if WARPGROUPS == 3:
-        m_new = both_first(m_new)
-    m_new = gl.where(m_new > m_i + 8.0, m_new, m_i)
-    top = gl.where(m_new == float("-inf"), 0.0, m_new) if EMPTY else m_new
-    return top, gl.exp2(m_i - top), m_new
-
-
-@gluon.jit
-def _weights(s, top, scale):
-    return gl.exp2(s * scale - _along(top, s))
-
-
-@gluon.jit
-def _halves(x):
-    """The first half of the columns, and the second; a thread has some of each."""
-    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
-
-
-@gluon.jit
-def _whole(x, y):
-    return gl.reshape(gl.permute(gl.join(x, y), (0, 2, 1)), [x.shape[0], 2 * x.shape[1]])
-
-
-@gluon.jit
-def _sums(p):
-    """A row's sum over the columns of each of the four threads that share it: added up at the end."""
-    return gl.sum(gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _along(x, rows):
-    """x, a number for each row, in the threads that have these rows."""
-    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, rows.type.layout)), 1)
-
-
-@gluon.jit
 def _first_tile(
     q, k, scale, row, start_n, N, left, right, masked, count,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
@@ -303,10 +261,10 @@ def _first_tile(
     if masked:
         s = hide(s, row, start_n, N, left, right, LEFT, RIGHT, layout)
     m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
-    top, _, m_i = _maxima(s, m_i, scale, LEFT or RIGHT, WARPGROUPS, layout)
-    p = _weights(s, top, scale)
+    top, _, m_i = maxima(s, m_i, scale, LEFT or RIGHT, WARPGROUPS, layout)
+    p = exponentials(s, top, scale)
     if KEYS < BLOCK_N:
-        p = gl.convert_layout(_whole(p, gl.zeros_like(p)), s_layout)
+        p = gl.convert_layout(joined(p, gl.zeros_like(p)), s_layout)
     return p, gl.convert_layout(m_i, gl.SliceLayout(1, s_layout))
 
 
@@ -322,7 +280,9 @@ def _attend(
     items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     BANDED: gl.constexpr = LEFT or RIGHT
-    EARLY: gl.constexpr = BANDED and Q_STAGES == 2  # the next tile is known before this one's last product is done
+    # read the next tile while the last product of this one is computed: nobody has to skip more than one tile of keys
+    # after that, which have been fetched by then
+    EARLY: gl.constexpr = BANDED and Q_STAGES == 2
     dtype: gl.constexpr = q_bufs.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
@@ -354,7 +314,7 @@ def _attend(
             q, k, scale, row, own_last * BLOCK_N, N, left, right, BANDED or (own_last + 1) * BLOCK_N > N, count,
             LEFT, RIGHT, BLOCK_N, STAGES, WARPGROUPS, s_layout,
         )
-        l_i = _sums(p)
+        l_i = row_sums(p)
         p_16 = gl.convert_layout(p.to(dtype), p_layout)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
         count += 1
@@ -377,21 +337,21 @@ def _attend(
                     edge = edge | (start_n < row + (ROWS - 1) + left)
                 if edge:
                     s = hide(s, row, start_n, N, left, right, EDGES and LEFT, EDGES and RIGHT, s_layout)
-            top, alpha, m_i = _maxima(s, m_i, scale, EDGES, WARPGROUPS, s_layout)
+            top, alpha, m_i = maxima(s, m_i, scale, EDGES, WARPGROUPS, s_layout)
             if WARPGROUPS == 2:
-                s_0, s_1 = _halves(s)
-                p_0 = _weights(s_0, top, scale)
+                s_0, s_1 = halves(s)
+                p_0 = exponentials(s_0, top, scale)
             else:
-                weights = _weights(s, top, scale)
-                l_i = l_i * _along(alpha, l_i) + _sums(weights)
+                weights = exponentials(s, top, scale)
+                l_i = l_i * along(alpha, l_i) + row_sums(weights)
             count += 1
             _await(k_full, count, STAGES, step < own_last - own_first)  # here: it keeps the next wait below the softmax
             acc = warpgroup_mma_wait(0, [o_token])
             _release(count - 2, V_FREE, STAGES, WARPGROUPS)
             acc = rescale(acc, gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1))
             if WARPGROUPS == 2:
-                weights = gl.convert_layout(_whole(p_0, _weights(s_1, top, scale)), s_layout)
-                l_i = l_i * _along(alpha, l_i) + _sums(weights)
+                weights = gl.convert_layout(joined(p_0, exponentials(s_1, top, scale)), s_layout)
+                l_i = l_i * along(alpha, l_i) + row_sums(weights)
             p_16 = gl.convert_layout(weights.to(dtype), p_layout)
         if Q_STAGES == 2:
             mbarrier.arrive(q_empty.index(q_place), count=1)
@@ -500,17 +460,6 @@ def applies(q, k, v, o, scale, processors):
         and 4 * B * H * M * N * D >= SMALLEST and B * H * triton.cdiv(M, 128) >= FEWEST * processors
         and all(readable(t) for t in (q, k, v, o))
     )
-
-
-def edges(left, right):
-    """Whether the walk past its first tile needs a mask and a test for rows without keys: not where the diagonal is at
-    a multiple of 64, and no window. Then 64 rows all see a key of their first tile and all keys of others, if any."""
-    return left is not None or (right or 0) % ROWS.value != 0
-
-
-def half(left, right, M, N):
-    """Whether the first 64 of every 128 queries see only the first half of the 128 keys that they begin with."""
-    return left is None and right is not None and right % (2 * ROWS.value) == 0 and M + right <= N
 
 
 @functools.lru_cache

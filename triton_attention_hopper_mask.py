@@ -28,6 +28,17 @@ LOG2E = gl.constexpr(1.4426950408889634)
 # ---- which keys
 
 
+def edges(left, right):
+    """Whether the walk past its first tile needs a mask and a test for rows without keys: not where the diagonal is at
+    a multiple of 64, and no window. Then 64 rows all see a key of their first tile and all keys of others, if any."""
+    return left is not None or (right or 0) % ROWS.value != 0
+
+
+def half(left, right, M, N):
+    """Whether the first 64 of every 128 queries see only the first half of the 128 keys that they begin with."""
+    return left is None and right is not None and right % (2 * ROWS.value) == 0 and M + right <= N
+
+
 @gluon.jit
 def key_tiles(
     start_m, N, left, right, LEFT: gl.constexpr, RIGHT: gl.constexpr, SIZE: gl.constexpr, BLOCK_N: gl.constexpr
