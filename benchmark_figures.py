@@ -34,6 +34,7 @@ LOOKS = {  # provider: colour (None: the ink), marker, line
     "fa2": ("#56B4E9", "<", "--"),
     "fa3": ("#0072B2", ">", "--"),
     "fa4": ("#009E73", "X", "--"),
+    "fa4 deterministic": ("#009E73", "X", ":"),
     "torch": (None, "s", "-"),
 }
 WIDTH = 8.3  # inches, shown at about 100 pixels each

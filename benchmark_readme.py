@@ -5,6 +5,7 @@ A block is <!-- results: name --> ... <!-- end of results -->; what is not measu
 
 import re
 
+import benchmark_peers
 from benchmark_results import HERE, SHOWN, load
 
 FOLDER = HERE / "results" / SHOWN
@@ -77,6 +78,28 @@ def attention():
     return lines + picture("benchmark_roofline", "Every kernel as a point under the roofline of the GPU")
 
 
+def peers():
+    loaded = load(FOLDER / "benchmark_peers.json")
+    if not loaded:
+        return []
+    lines = [
+        "Next to the fastest kernels there are, TFLOP/s: medians over three passes, and the ratio of ours to the best",
+        "of the others, with the least and the greatest of a pass.", "", conditions(loaded[0]),
+    ]
+    for mode, name in benchmark_peers.NAMES.items():
+        names, compared = benchmark_peers.PEERS[mode], benchmark_peers.compare(loaded[1], mode)
+        if not compared:
+            continue
+        lines += ["", f"| {name} | {' | '.join(names)} | ratio |", "|---" * (len(names) + 2) + "|"]
+        for case, medians, ratio, _ in compared:
+            cells = [f"{medians[name]:.0f}" if name in medians else "–" for name in names]
+            cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*ratio) if ratio else "–")
+            lines.append(f"| {case} | {' | '.join(cells)} |")
+        mean = benchmark_peers.mean(compared)
+        lines += ["", f"Geometric mean of the ratios {benchmark_peers.SAME}: {mean:.2f}."] if mean else []
+    return lines
+
+
 def seq_lengths():
     loaded = load(FOLDER / "benchmark_seq_lengths.json")
     if not loaded:
@@ -95,7 +118,7 @@ def block_sizes():
     ]
 
 
-BLOCKS = {"attention": attention, "seq_lengths": seq_lengths, "block_sizes": block_sizes}
+BLOCKS = {"attention": attention, "peers": peers, "seq_lengths": seq_lengths, "block_sizes": block_sizes}
 
 
 def readme():

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import benchmark_figures
-import benchmark_results
+import benchmark_peers
+import benchmark_providers
 import benchmark_tuning
 import benchmarking
 from benchmark_readme import readme
+from benchmark_results import Row
 from testing import HERE, run_python
 
 
@@ -97,11 +99,34 @@ def test_benchmark_survives_ctrl_c_and_resumes(tmp_path, capsys):
     assert len(benchmark(cases()[:1], tmp_path, FakeWatch())[1]) == 2  # without --resume it starts anew
 
 
+def test_benchmark_compares_with_the_best_of_the_others():
+    def rows(provider, *tflops, case="a", mode="fwd"):
+        about = {"mode": mode, "same": case == "a"}
+        return [Row(f"pass {i}", case, provider, tflops=x, about=about) for i, x in enumerate(tflops)]
+
+    ours = benchmark_peers.OURS
+    measured = rows(ours, 4.0, 6.0, 5.0) + rows("fa3", 5.0, 2.0, 4.0) + rows("fa4", 1.0, None, 8.0)
+    measured += rows(ours, 3.0, case="alone") + rows("fa3", 1.0, mode="bwd")
+    lines = benchmark_peers.compare(measured, "fwd")
+    assert lines[0] == ("a", {ours: 5.0, "fa3": 4.0, "fa4": 4.5}, (5.0 / 4.5, 5.0 / 8.0, 6.0 / 2.0), True)
+    assert lines[1] == ("alone", {ours: 3.0}, None, False)
+    assert benchmark_peers.mean(lines) == pytest.approx(5.0 / 4.5) and benchmark_peers.mean(lines[1:]) is None
+
+
+def test_benchmark_of_shared_keys_is_checked_against_every_query_that_shares_them():
+    for mode in ("fwd", "bwd"):
+        comparison = benchmark_providers.attention(mode, 1, 4, 32, 16, "float32", True, 0, kv_heads=2)
+        _, picked, _ = benchmarking.try_out(comparison.makes["triton fused"], comparison.pick)
+        exact, _, _ = benchmarking.allowance(comparison, torch.float32)
+        assert [t.shape[1] for t in picked] == [2, 1, 1][: len(picked)]
+        assert benchmarking.error_of(picked, exact) < 1e-6
+
+
 def test_benchmark_without_a_gpu_saves_nothing(tmp_path):
     assert benchmark([doubled("a", torch=twice)], tmp_path, None) == (0, {}) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ("attention", "seq_lengths", "block_sizes", "heatmap"))
+@pytest.mark.parametrize("script", ("attention", "peers", "seq_lengths", "block_sizes", "heatmap"))
 def test_benchmark_help_is_quick(script):
     code = f"import runpy, sys\nsys.argv = ['benchmark_{script}.py', '--help']\n"
     code += "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -117,7 +142,7 @@ def test_benchmark_figures_need_the_json_alone(tmp_path):
     folder = tmp_path / "GPU"
     folder.mkdir()
     rows = [
-        dataclasses.asdict(benchmark_results.Row(
+        dataclasses.asdict(Row(
             name, f"bfloat16 B4 H16 S{S} D64", provider, ms=S / 1e3, gbps=1e3, tflops=100.0, of_roofline=0.5,
             intensity=100.0, peak_mib=float(S), about={"S": S, "D": 64, "dtype": "bfloat16", "causal": False},
         ))
