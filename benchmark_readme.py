@@ -6,16 +6,19 @@ A block is <!-- results: name --> ... <!-- end of results -->; what is not measu
 import re
 
 import benchmark_peers
-from benchmark_results import HERE, SHOWN, load
+from benchmark_results import HERE, load, shown
 
-FOLDER = HERE / "results" / SHOWN
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
-def picture(name, says):
-    """The figure in the reader's light or dark mode."""
-    path = f"results/{SHOWN}/{name}"
-    if not (FOLDER / f"{name}.light.png").exists():
+def results(script):
+    return load(HERE / "results" / shown(script) / f"{script}.json")
+
+
+def picture(script, says, name=None):
+    """A script's figure in the reader's light or dark mode; its name is that of the script where none is given."""
+    path = f"results/{shown(script)}/{name or script}"
+    if not (HERE / f"{path}.light.png").exists():
         return []
     return [
         "",
@@ -66,7 +69,7 @@ def many_sided(rows, name):
 
 
 def attention():
-    loaded = load(FOLDER / "benchmark_attention.json")
+    loaded = results("benchmark_attention")
     if not loaded:
         return []
     info, rows = loaded
@@ -75,11 +78,12 @@ def attention():
     for name in dict.fromkeys(row.name for row in rows):
         lines += [] if name in pairs else many_sided(rows, name)
     lines += picture("benchmark_attention", "Bars: TFLOP/s of attention, forward and backward, for every provider")
-    return lines + picture("benchmark_roofline", "Every kernel as a point under the roofline of the GPU")
+    says = "Every kernel as a point under the roofline of the GPU"
+    return lines + picture("benchmark_attention", says, "benchmark_roofline")
 
 
 def peers():
-    loaded = load(FOLDER / "benchmark_peers.json")
+    loaded = results("benchmark_peers")
     if not loaded:
         return []
     lines = [
@@ -101,7 +105,7 @@ def peers():
 
 
 def seq_lengths():
-    loaded = load(FOLDER / "benchmark_seq_lengths.json")
+    loaded = results("benchmark_seq_lengths")
     if not loaded:
         return []
     lines = ["Longer sequences: the stages end where two S x S matrices a head do not fit the memory any more."]
@@ -110,7 +114,7 @@ def seq_lengths():
 
 
 def block_sizes():
-    if not load(FOLDER / "benchmark_block_sizes.json"):
+    if not results("benchmark_block_sizes"):
         return []
     return [
         "How the time of a kernel depends on its tile (hatched: it does not fit; fused is the plain kernel):", "",

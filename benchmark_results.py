@@ -7,7 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SHOWN = "NVIDIA_H100_80GB_HBM3"  # the GPU whose results the README and heatmap.png show
+SHOWN = ("NVIDIA_H200", "NVIDIA_H100_80GB_HBM3")  # the README shows a script's results of the first that has them
+
+
+def shown(script):
+    """The folder whose results of a script the README shows, as a name in results/."""
+    return next((gpu for gpu in SHOWN if (HERE / "results" / gpu / f"{script}.json").exists()), SHOWN[-1])
 
 
 @dataclass

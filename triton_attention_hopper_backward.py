@@ -37,10 +37,12 @@ What gained nothing: two partitions of four warps which may drift apart, as dQ o
 exponentials of this (D 64 the same, D 128 5 % slower); queries by halves, the exponentials of one beneath the products
 of the other; wider loads of lse and delta; dO released before Q; dP^T from zero; a third place for dQ in that of a
 second dS, all warps meeting once more behind dQ (up to 9 % more cycles); programs held back by a step in full attention
-too (5 to 9 % more). wgmma in flight across the end of a step is serialised by ptxas, or spills.
+too (5 to 9 % more); S of the next step behind dK of this one, in flight while dQ is handed on (1 to 12 % more). wgmma
+in flight across the end of a step is serialised by ptxas, or spills.
 
-On an H100, bfloat16, B S = 16384, H D = 2048, S from 512 to 16384: D 128 285 to 590 TFLOP/s (causal 181 to 591), D 64
-274 to 507 (170 to 506); of the better of cuDNN and FlashAttention-4's deterministic mode 0.91 to 1.14, mean 1.03.
+On an H200, bfloat16, B S = 16384, H D = 2048, S from 512 to 16384: D 128 366 to 593 TFLOP/s (causal 205 to 602), D 64
+340 to 527 (177 to 527); of the better of cuDNN and FlashAttention-4's deterministic mode 0.96 to 1.15, mean 1.02
+(benchmark_peers.py).
 
 Shah et al., "FlashAttention-3", 2024, for one walk with warp specialisation; FlashAttention-2, for sums in fixed order.
 """
