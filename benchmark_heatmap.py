@@ -33,7 +33,7 @@ def main():
     if args.plot or watch:
         import benchmark_figures
 
-        gpu = benchmark_results.shown("benchmark_block_sizes") if args.plot else None  # else the one at hand
+        gpu = benchmark_results.shown(benchmark_block_sizes.SCRIPT) if args.plot else None  # else the one at hand
         path = benchmark_results.path_of(args, benchmark_block_sizes.SCRIPT, gpu)
         if not benchmark_figures.redraw_heatmap(path, benchmark_results.HERE / "heatmap.png"):
             raise SystemExit(f"nothing to draw: {path} has no times")

@@ -17,7 +17,7 @@ import statistics
 
 import benchmark_providers
 import benchmarking
-from benchmark_results import load, path_of
+from benchmark_results import gpus, load
 from benchmarking import Case
 
 TOKENS, CHANNELS = 16384, 2048
@@ -30,11 +30,23 @@ NAMES = {"fwd": "forward", "bwd": "backward"}
 
 
 def parser():
-    p = benchmarking.parser(__doc__.split("\n")[0])
-    p.set_defaults(batch=None, heads=None)
+    p = benchmarking.parser(__doc__.split("\n")[0], batch=None, heads=None, plot="show the comparison")
+    p.epilog = f"Without --batch and --heads, B S = {TOKENS} and H D = {CHANNELS}."
     p.add_argument("--kv-heads", type=int, help="heads of keys and values, where they are fewer than those of queries")
-    p.add_argument("--passes", type=int, default=3, help="how many times everything is measured")
+    p.add_argument("--passes", type=int, default=3, help="how many times everything is measured; once with --quick")
     return p
+
+
+def checked(parser):
+    """The options; ends with the parser's message where they make no sense."""
+    args = parser.parse_args()
+    for name in ("batch", "heads", "kv_heads", "passes"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+    for _, H, kv_heads, _, D in cells(args, False) if args.kv_heads else ():
+        if H % kv_heads:
+            parser.error(f"--kv-heads {kv_heads} does not divide {H}, the heads of D {D}: pass --heads")
+    return args
 
 
 def cells(args, interpreted):
@@ -66,11 +78,11 @@ def rows(args, interpreted):
                         yield Case(f"{NAMES[mode]}, pass {number}", label, list(PEERS[mode]), build, about)
 
 
-def compare(rows, mode):
+def compare(results, mode):
     """[(case, {provider: median TFLOP/s}, (ratio of ours to the best of the others, least, greatest of a pass), whether
     it is one of the same work)]; the ratio is None where there are no others."""
     found = {}
-    for row in rows:
+    for row in results:
         if row.about["mode"] == mode and row.tflops:
             found.setdefault((row.case, row.about["same"]), {}).setdefault(row.provider, {})[row.name] = row.tflops
     lines = []
@@ -78,10 +90,12 @@ def compare(rows, mode):
         medians = {name: statistics.median(passes.values()) for name, passes in by_provider.items()}
         ours, others = by_provider.get(OURS, {}), [name for name in medians if name != OURS]
         ratio = None
-        if ours and others:
-            best = {p: max(by_provider[name].get(p, 0.0) for name in others) for p in ours}
-            each = [ours[p] / best[p] for p in ours if best[p]]
-            ratio = (medians[OURS] / max(medians[name] for name in others), min(each), max(each)) if each else None
+        both = [p for p in ours if any(p in by_provider[name] for name in others)]
+        if both:
+            each = [ours[p] / max(by_provider[name].get(p, 0.0) for name in others) for p in both]
+            shared = {name: [passes[p] for p in both if p in passes] for name, passes in by_provider.items()}
+            best = max(statistics.median(shared[name]) for name in others if shared[name])
+            ratio = (statistics.median(shared[OURS]) / best, min(each), max(each))
         lines.append((case, medians, ratio, same))
     return lines
 
@@ -92,10 +106,10 @@ def mean(lines):
     return statistics.geometric_mean(ratios) if ratios else None
 
 
-def show(rows):
+def show(results):
     """The comparison, a line for each case."""
     for mode, name in NAMES.items():
-        lines = compare(rows, mode)
+        lines = compare(results, mode)
         if not lines:
             continue
         print(f"\n{name}, TFLOP/s: medians over passes; ours to the best of the others [least, greatest of a pass]")
@@ -108,10 +122,12 @@ def show(rows):
 
 
 def main():
-    args = parser().parse_args()
+    args = checked(parser())
     if args.plot:
-        loaded = load(path_of(args, "benchmark_peers"))
-        show(loaded[1] if loaded else [])
+        for folder in gpus(args.out):
+            if loaded := load(folder / "benchmark_peers.json"):
+                print(f"\n{loaded[0]['gpu']}, torch {loaded[0]['torch']}, commit {loaded[0]['commit']}")
+                show(loaded[1])
         return
     watch = benchmarking.stopwatch(args)
     if watch:

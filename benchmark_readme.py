@@ -86,9 +86,10 @@ def peers():
     loaded = results("benchmark_peers")
     if not loaded:
         return []
+    passes = len({row.name for row in loaded[1]}) // len({row.about["mode"] for row in loaded[1]})
     lines = [
-        "Next to the fastest kernels there are, TFLOP/s: medians over three passes, and the ratio of ours to the best",
-        "of the others, with the least and the greatest of a pass.", "", conditions(loaded[0]),
+        f"Next to the fastest kernels there are, TFLOP/s: medians over the passes ({passes}), and the ratio of ours to",
+        "the best of the others, with the least and the greatest of a pass.", "", conditions(loaded[0]),
     ]
     for mode, name in benchmark_peers.NAMES.items():
         names, compared = benchmark_peers.PEERS[mode], benchmark_peers.compare(loaded[1], mode)

@@ -127,7 +127,7 @@ def load(path):
 
 
 COLUMNS = (
-    f"{'what':18} {'case':34} {'provider':17} {'ms':>8} {'[20 %, 80 %]':>18} {'GB/s':>6} {'TFLOP/s':>8} "
+    f"{'what':18} {'case':36} {'provider':17} {'ms':>8} {'[20 %, 80 %]':>18} {'GB/s':>6} {'TFLOP/s':>8} "
     f"{'roofline':>8} {'speed-up':>8} {'MiB':>8} {'error':>8} {'allowed':>8}"
 )
 
@@ -139,7 +139,7 @@ def show(row, base, say=print):
     share = "-" if row.of_roofline is None else f"{100 * row.of_roofline:.1f} %"
     faster = base.ms / row.ms if row.ms and base and base.ms else None
     say(
-        f"{row.name:18} {row.case:34} {row.provider:17} {number(row.ms, '.3f'):>8} {spread:>18} "
+        f"{row.name:18} {row.case:36} {row.provider:17} {number(row.ms, '.3f'):>8} {spread:>18} "
         f"{number(row.gbps, '.0f'):>6} {number(row.tflops, '.1f'):>8} {share:>8} {number(faster, '.2f'):>8} "
         f"{number(row.peak_mib, '.0f'):>8} {number(row.error, '.1e'):>8} {number(row.allowed, '.1e'):>8}  {row.note}"
     )

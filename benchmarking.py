@@ -66,20 +66,20 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def parser(description):
-    """The options that the scripts share; --help needs neither torch nor a GPU."""
+def parser(description, batch=4, heads=16, plot="redraw the figures"):
+    """The options that the scripts share, and what is a script's own in them; --help needs neither torch nor a GPU."""
     p = argparse.ArgumentParser(description=description, formatter_class=_Help)
     p.add_argument("--mode", choices=("fwd", "bwd", "both"), default="both", help="forward, backward, or both")
     p.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes instead of the script's own")
-    p.add_argument("--batch", type=int, default=4, help="batch size B")
-    p.add_argument("--heads", type=int, default=16, help="heads H")
+    p.add_argument("--batch", type=int, default=batch, help="batch size B")
+    p.add_argument("--heads", type=int, default=heads, help="heads H")
     p.add_argument("--head-dim", type=int, nargs="+", help="head dims D instead of the script's own")
     p.add_argument("--seq-lens", type=int, nargs="+", help="sequence lengths S instead of the script's own")
     p.add_argument("--causal", action=argparse.BooleanOptionalAction, help="only causal, or only full attention")
     p.add_argument("--providers", nargs="+", help="only providers whose name contains one of these")
     p.add_argument("--quick", action="store_true", help="fewer cases, shorter timing, no torch.compile")
     p.add_argument("--out", type=Path, default=HERE / "results", help="folder for <gpu>/<script>.json and figures")
-    p.add_argument("--plot", action="store_true", help="only redraw the figures from the JSON, without a GPU")
+    p.add_argument("--plot", action="store_true", help=f"only {plot} from the JSON, without a GPU")
     p.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
     p.add_argument("--resume", action="store_true", help="skip the points that the JSON of this GPU already has")
     return p

@@ -17,11 +17,11 @@ the longest of the next round too: 5 % more cycles at D 64, S 8192.)
 
 Where the speed is from: wgmma stays in flight under the softmax only because the wait for the next K is between the
 exponentials and the wait for P V; without it ptxas moves the latter up. With two warpgroups it is in the middle of the
-exponentials, so that the second half of them hides what may only come after P V: sums, P in 16 bits, O scaled. A branch
+exponentials, so that the second half of them hides what comes after P V: O scaled, sums, P in 16 bits. A branch
 around the mask, not a second loop, which would spill; and no mask at all past the first tile where the diagonal is at a
 multiple of 64, which spares three warpgroups 6 KB of instructions (D 64, causal, 2 to 3 %; at D 128 a branch is there
 all the same, as with it ptxas releases K earlier: 1 %), and a test for rows that have seen no key yet (D 128 1 to 2 %).
-Where the first tile begins with the tile of queries, the first warpgroup multiplies only the half of it that it sees,
+Where the diagonal is at a multiple of 128, the first warpgroup multiplies only the half of its first tile that it sees,
 and so is ahead of the second, whose products fill its softmax (S 512 4 to 8 %, S 2048 1 to 3 %). 240 registers a thread
 of two warpgroups, or 160 of three where there are tiles enough for that, and few for the warp that fetches; that warp
 does the divisions that say which tile is next. Causal heads are worked on in sections, of two tiles a multiprocessor,
@@ -35,9 +35,9 @@ within, by what is described in triton_attention_hopper_mask.py.
 
 The softmax is in triton_attention_hopper_softmax.py. A ring's place is released at a named barrier, where a warp says
 so and goes on; before it arrives at an mbarrier, Triton makes it wait for its warpgroup (1 to 4 %), as it still does
-once a tile, before the wait for K. Causal, the next tile is read while the last product of this one is computed (1 to
-3 %). A GPU that does not rest draws all the power it may have, and its clock falls to 1.5 GHz: of the cycles that are
-saved half come back as time.
+once a tile, before the wait for K. Causal, up to D 128, the next tile is read while the last product of this one is
+computed (1 to 3 %). A GPU that does not rest draws all the power it may have, and its clock falls to 1.5 GHz: of the
+cycles that are saved half come back as time.
 
 What gained nothing: turns at the tensor cores, one warpgroup after the other, passed on behind both products, behind
 the first or within the second; S of the next tile beneath the last P V of this one (full attention of D 128 1 to 2 %
@@ -281,9 +281,9 @@ def _attend(
     items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     BANDED: gl.constexpr = LEFT or RIGHT
-    # read the next tile while the last product of this one is computed: nobody has to skip more than one tile of keys
-    # after that, which have been fetched by then
+    # the next tile is read before the last V is released, and a tile of keys that is not seen here: rings have room
     EARLY: gl.constexpr = BANDED and Q_STAGES == 2
+    gl.static_assert(not EARLY or STAGES >= 2 and BLOCK_N >= BLOCK_M - ROWS)
     dtype: gl.constexpr = q_bufs.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])

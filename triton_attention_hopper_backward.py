@@ -41,7 +41,7 @@ too (5 to 9 % more); S of the next step behind dK of this one, in flight while d
 in flight across the end of a step is serialised by ptxas, or spills.
 
 On an H200, bfloat16, B S = 16384, H D = 2048, S from 512 to 16384: D 128 366 to 593 TFLOP/s (causal 205 to 602), D 64
-340 to 527 (177 to 527); of the better of cuDNN and FlashAttention-4's deterministic mode 0.96 to 1.15, mean 1.02
+340 to 527 (177 to 527); of the better of cuDNN and FlashAttention-4's deterministic mode 0.96 to 1.14, mean 1.02
 (benchmark_peers.py).
 
 Shah et al., "FlashAttention-3", 2024, for one walk with warp specialisation; FlashAttention-2, for sums in fixed order.
