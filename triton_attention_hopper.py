@@ -68,9 +68,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )
 
-from triton_attention_hopper_mask import (
-    ROWS, close_log, edges, half, hide, key_tiles, open_log, repair, write_down,
-)
+from triton_attention_hopper_mask import ROWS, close_log, edges, half, hide, key_tiles, open_log, repair, write_down
 from triton_attention_hopper_softmax import along, exponentials, halves, joined, maxima, row_sums
 from triton_attention_launch import TRITON, launch, tile_for
 from triton_attention_ptx import (
@@ -349,7 +347,7 @@ def _attend(
             _await(k_full, count, STAGES, step < own_last - own_first)  # here: it keeps the next wait below the softmax
             acc = warpgroup_mma_wait(0, [o_token])
             _release(count - 2, V_FREE, STAGES, WARPGROUPS)
-            acc = rescale(acc, gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1))
+            acc = rescale(acc, along(alpha, acc))
             if WARPGROUPS == 2:
                 weights = gl.convert_layout(joined(p_0, exponentials(s_1, top, scale)), s_layout)
                 l_i = l_i * along(alpha, l_i) + row_sums(weights)
@@ -373,7 +371,7 @@ def _attend(
         if BANDED:
             count = _skip(own_first - first, count, k_full, v_full, STAGES, WARPGROUPS)
 
-        acc = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, o_layout)), 1)
+        acc = acc * along(inverse, acc)
         acc_16 = acc.to(dtype)
         tma.store_wait(0)  # the tile before has left o_buf
         o_buf.reshape([ROWS, BLOCK_D]).store(acc_16)
