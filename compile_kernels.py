@@ -139,10 +139,10 @@ def meets(kernel):
 
 def fused_launches(dtype, D, quick):
     """The fused kernels: causal with grouped heads, whose code has that of full attention in it, and with a bias."""
-    name, wide = f"{str(dtype).removeprefix('torch.')} D{D}", dtype.itemsize >= 4
+    name = f"{str(dtype).removeprefix('torch.')} D{D}"
     q = torch.zeros(1, dtype=dtype).expand(8, 128, 256, D)  # enough programs that the keys are not split
     lse = torch.zeros(8, 128, 256, dtype=torch.promote_types(dtype, torch.float32))
-    stats, bias = lse.new_zeros(8, 128, 256, 2 if wide else 0), q[:, :, :, :1].expand(8, 128, 256, 256)
+    stats, bias = lse.new_zeros(8, 128, 256, 2), q[:, :, :, :1].expand(8, 128, 256, 256)
     q = q.contiguous()
     k, keys, scalars = q[:, ::4].contiguous(), q[:1, :8].repeat(1, 1, 64, 1), (0.1, 0.0, 0.0)
     if not quick or (dtype, D) == (torch.bfloat16, 128):

@@ -280,7 +280,11 @@ def allocate(dtype, shape, layout):
 
 
 def either(torch_function, function):
-    return lambda a, b: torch_function(a, b) if isinstance(a, torch.Tensor) else function(a, b)
+    """Of tensors, or a tensor and a number, the operand that is not NaN, as the hardware has it; of integers."""
+    def of(a, b):
+        return torch_function(a, torch.as_tensor(b, dtype=a.dtype)) if isinstance(a, torch.Tensor) else function(a, b)
+
+    return of
 
 
 def where(condition, a, b):
@@ -295,9 +299,9 @@ def mma_wait(pending, products):
 nothing = lambda *args, **kwargs: None  # noqa: E731  layouts
 LANGUAGE = SimpleNamespace(
     constexpr=lambda x: x, static_assert=nothing, to_tensor=lambda x: x, static_range=range,
-    float32=torch.float32, int8=torch.int8, int32=torch.int32, uint32=torch.int64, int64=torch.int64,
+    float16=torch.float16, float32=torch.float32, int8=torch.int8, int32=torch.int32, uint32=torch.int64, int64=torch.int64,
     program_id=lambda axis: here.number, num_programs=lambda axis: here.size,
-    minimum=either(torch.minimum, min), maximum=either(torch.maximum, max), where=where,
+    minimum=either(torch.fmin, min), maximum=either(torch.fmax, max), where=where,
     zeros=lambda shape, dtype, layout: torch.zeros(shape), zeros_like=torch.zeros_like,
     full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     arange=lambda start, end, layout: torch.arange(start, end), expand_dims=lambda x, axis: x.unsqueeze(axis),

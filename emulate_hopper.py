@@ -54,7 +54,7 @@ def backward(
     """(O, lse, dQ, dK, dV), the first two by PyTorch; block_m 128: D up to 64, 64: up to 128."""
     kernel = load(source or BACKWARD.read_text())
     (B, H, M), (Hk, N), wide = q.shape[:3], k.shape[1:3], 8192 // block_m
-    o, lse = exact(q, k, v, scale, left, right)
+    o, lse = exact(q, *(t.where(t.abs() < 1e30, 0.0) for t in (k, v)), scale, left, right)
     stats, tickets = kernels.prepare(do, dlse, o, lse, torch.empty(B, H, M, 4), block_m)
     sums = torch.full((64 * len(tickets), 128), torch.nan)
     dq, dk, dv = (torch.full_like(t, torch.nan) for t in (q, k, v))
@@ -64,7 +64,8 @@ def backward(
         Descriptor(q, block_m, wide), Descriptor(k, 128, wide), Descriptor(v, 128, wide), Descriptor(do, block_m, wide),
         Descriptor(stats, 1, 2 * block_m), Descriptor(sums, 64, 128), Descriptor(dk, 128, wide),
         Descriptor(dv, 128, wide), Pointer(tickets), Pointer(counter), scale * 1.4426950408889634,
-        tiles, B * Hk, section, Hk, H // Hk, -(-M // block_m), N, left or 0, outer or 0,
+        tiles, B * Hk, section, Hk, H // Hk, -(-M // block_m), N if outer is None else min(N, M + outer),
+        left or 0, outer or 0,
         left is not None, outer is not None, block_m, wide, stages, dq_stages, 0,
     )
     here.size, here.first = programs, 256
@@ -81,21 +82,31 @@ def exact(q, k, v, scale, left=None, right=None):
     return torch_fused(q, k, v, sees, scale=scale)
 
 
-def check(source=None, back=False, keys=420, **options):
-    """Whether an emulated kernel is right on a case with every kind of edge; raises what it raises."""
+def check(source=None, back=False, keys=420, hidden=None, infinite=False, **options):
+    """Whether an emulated kernel is right on a case with every kind of edge; raises what it raises. hidden: what stands
+    in keys and values that no query sees; infinite: the last keys, which come first, score -inf."""
     torch.manual_seed(0)
     D = 72 if back and options.get("block_m") == 64 else 40
     q, k, v = (torch.randn(1, *shape, D, requires_grad=back) for shape in ((4, 300), (2, keys), (2, keys)))
     bounds = {name: options.get(name) for name in ("left", "right")}
+    if infinite:
+        q[..., 0], k[:, :, 200:, 0] = q[..., 0].abs() + 0.5, -torch.inf
     expected = exact(q, k, v, 0.2, **bounds)
+    if hidden is not None:
+        n, (left, right) = torch.arange(keys), bounds.values()
+        unseen = (n < (left or 0)) | (n > (keys if right is None else 299 + right))
+        hide = lambda t: t.detach().masked_fill(unseen[:, None], hidden)  # noqa: E731
+    else:
+        hide = torch.Tensor.detach
     if not back:
-        *results, log = forward(q, k, v, 0.2, source=source, **options)
+        *results, log = forward(q, hide(k), hide(v), 0.2, source=source, **options)
         banded, programs = any(bound is not None for bound in bounds.values()), options.get("programs", 2)
-        assert not (banded and (log[-programs:, 0] > 0).any()), "a needless repair"
+        needless = banded and not infinite and (log[-programs:, 0] > 0).any()  # 0 * inf in rows past the last query
+        assert not needless, "a needless repair"
     else:
         do, dlse = torch.randn(1, 4, 300, D), torch.randn(1, 4, 300).masked_fill(expected[1] == -torch.inf, 0.0)
         poisoned = dlse.masked_fill(expected[1] == -torch.inf, torch.nan)  # which must not matter
-        results = backward(*(t.detach() for t in (q, k, v)), do, poisoned, 0.2, source=source, **options)
+        results = backward(q.detach(), hide(k), hide(v), do, poisoned, 0.2, source=source, **options)
         lse = expected[1].masked_fill(expected[1] == -torch.inf, 0.0)
         expected += torch.autograd.grad((expected[0], lse), (q, k, v), (do, dlse))
     return all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results, expected, strict=True))
@@ -106,11 +117,14 @@ CASES = [
     {"left": -60, "right": 10, "block_m": 192}, {"left": 30}, {"right": -200, "stages": 3},
     {"block_m": 192, "programs": 1}, {"left": 90, "right": 20}, {"block_d": 256}, {"block_d": 256, "right": 0},
     {"left": 125}, {"right": 64}, {"right": -64, "block_m": 192}, {"right": -128}, {"right": 128, "block_m": 192},
-    {"right": 128, "keys": 500}, {"right": 256, "keys": 500},
+    {"right": 128, "keys": 500}, {"right": 256, "keys": 500}, {"right": 0, "hidden": 2e38}, {"infinite": True},
+    {"infinite": True, "right": 0}, {"infinite": True, "block_m": 192}, {"infinite": True, "left": -60, "right": 10},
     {"back": True}, {"back": True, "right": 0}, {"back": True, "right": 100, "stages": 3, "dq_stages": 2},
     {"back": True, "left": -60, "right": 10, "block_m": 64}, {"back": True, "left": 30},
     {"back": True, "right": -200, "section": 2}, {"back": True, "block_m": 64},
     {"back": True, "left": 90, "right": 20, "block_m": 64, "stages": 3, "programs": 8},
+    {"back": True, "right": 0, "hidden": 2e38}, {"back": True, "left": 30, "right": 80, "block_m": 64, "hidden": -2e38},
+    {"back": True, "right": -70, "hidden": torch.inf}, {"back": True, "left": 200, "hidden": torch.nan},
 ]
 _BACK = {"back": True, "block_m": 64, "right": 300}
 _BANDED, _FULL = {"left": -60, "right": 10, "block_m": 192}, {"programs": 1}
@@ -146,12 +160,15 @@ BUGS = {  # name: (what is there, what a tired author writes, a case that shows 
     ),
     "the counter not left as it was": ("gl.store(counter_ptr, 0,", "gl.store(counter_ptr, 1,", _BANDED),
     "a number that only one lane has": ("            taken = uniform(taken)\n", "", _BANDED),
-    "rows without keys not told apart": (
-        "maxima(s, m_i, scale, EDGES,", "maxima(s, m_i, scale, False,", {"left": 125},
+    "rows that have seen nothing not told apart": (
+        "[ROWS], LOWEST, gl.float32", '[ROWS], float("-inf"), gl.float32', {"left": 125},
+    ),
+    "keys that come first and score -inf": (
+        "[ROWS], LOWEST, gl.float32", '[ROWS], float("-inf"), gl.float32', {"infinite": True},
     ),
     "half a tile for all warpgroups": ("if HALF and WARPGROUP == 0:", "if HALF:", {"right": 0}),
     "halves of the weights exchanged": (
-        "joined(p_0, exponentials(s_1, top, scale))", "joined(exponentials(s_1, top, scale), p_0)", {"right": 0},
+        "joined(p_0, exponentials(s_1, m_i, scale))", "joined(exponentials(s_1, m_i, scale), p_0)", {"right": 0},
     ),
     "the next tile read before O has left": (
         "EARLY: gl.constexpr = BANDED and Q_STAGES == 2", "EARLY: gl.constexpr = BANDED", {"block_d": 256, "right": 0},
@@ -178,6 +195,13 @@ BUGS = {  # name: (what is there, what a tired author writes, a case that shows 
     ),
     "no end told": ("    _announce(-1, told, turn)\n", "", _BACK),
     "the counter of the backward not left as it was": ("gl.store(counter_ptr, 0,", "gl.store(counter_ptr, 1,", _BACK),
+    "huge keys that no query sees": (
+        "gl.expand_dims(seen, 1), x, 0.0", "x == x, x, 0.0", {**_BACK, "right": 0, "hidden": 2e38},
+    ),
+    "huge keys to the left of all windows": (
+        "        seen = seen & (n >= -at_left)\n", "        pass\n",
+        {"back": True, "left": 30, "right": 80, "block_m": 64, "hidden": -2e38},
+    ),
     "dK stored before it is there": ("mbarrier.wait(finished, turn & 1)", "pass", _BACK),
 }
 

@@ -94,15 +94,17 @@ def check_window(window_size, diagonal, M, N):
     return left, right if diagonal is None else diagonal if right is None else min(right, diagonal)
 
 
-def check_softcap(softcap):
-    """The bound on the scores, 0 for none."""
+def check_softcap(softcap, dtype):
+    """The bound on the scores, 0 for none: also for one so large that it changes nothing that `dtype` could hold. One
+    whose inverse would overflow bounds the scores to nothing, and so does the smallest that has an inverse."""
     if softcap is None:
         return 0.0
     if isinstance(softcap, (bool, torch.Tensor)) or not isinstance(softcap, numbers.Real):
         raise TypeError(f"softcap must be a number or None, got {type(softcap).__name__}")
     if not 0.0 <= softcap <= sys.float_info.max:
         raise ValueError(f"softcap must be positive and finite, or 0 or None for none, got {softcap}")
-    return float(softcap)
+    least, most = (2.0**-1022, 2.0**512) if dtype == torch.float64 else (2.0**-126, 2.0**64)
+    return 0.0 if softcap == 0.0 or softcap > most else max(float(softcap), least)
 
 
 def check_sinks(sinks, H, device):

@@ -26,13 +26,13 @@ from triton_attention_checks import (
     autocast, check_blocks, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape, check_sinks,
     check_softcap, check_tensors, check_window,
 )
-from triton_attention_fused_backward import FEW_QUERIES, exact, fused_arguments, fused_backward_op
+from triton_attention_fused_backward import FEW_QUERIES, fused_arguments, fused_backward_op, paired
 from triton_attention_fused_bias import fused_bias_gradient_op
 from triton_attention_launch import (
     DEVICE, INTERPRETED, compile_options, define_op, differentiate, empty_heads, fold, hopper, launch, must_dispatch,
     replayable, tile_for, unfold,
 )
-from triton_attention_logits import exponential, key_range, logits, steps, store_pair
+from triton_attention_logits import exponential, key_range, logits, lowest, steps, store_pair
 from triton_attention_merge import count_splits, merge_attention, merge_splits, processors  # noqa: F401  public here
 from triton_attention_parts import in_parts
 from triton_attention_tiles import (
@@ -65,9 +65,8 @@ def _walk(
             MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
         )
         m_new = tl.maximum(m_i, tl.max(x, 1) * (1.0 if SCALED else scale))
-        finite = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-        p = exponential(x, raw, finite[:, None], scale, MASKED, HAS_BIAS, SOFTCAP, SCALED)
-        alpha = tl.exp(m_i - finite)
+        p = exponential(x, raw, m_new[:, None], scale, MASKED, HAS_BIAS, SOFTCAP, SCALED)
+        alpha = tl.exp(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N), p, 0.0)
@@ -96,8 +95,7 @@ def _walk_one_by_one(
             tl.sum(q * k, 1)[:, None], offs_m[:, None], offs_n[None, :], M, N, left, right, mask_ptr, mask_strides,
             scale, True, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
         )
-        top = tl.where(m_i == float("-inf"), 0.0, m_i)[:, None]
-        p = exponential(x, raw, top, scale, True, HAS_BIAS, SOFTCAP, SCALED)
+        p = exponential(x, raw, m_i[:, None], scale, True, HAS_BIAS, SOFTCAP, SCALED)
         if DROPOUT:
             keep = keep_mask(seed, off_b, off_h, offs_m, n // 16 * 16, dropout_p, 16)
             here = tl.sum(tl.where(tl.arange(0, 16)[None, :] == n % 16, keep, 0).to(tl.int32), 1)
@@ -118,7 +116,7 @@ def _fwd_kernel(
     lse_ptr, stats_ptr, seed_ptr, scale, dropout_p, keep_factor, H, GROUP, M, N, left, right, chunk,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr,
+    SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FEW: tl.constexpr,
 ):
@@ -147,12 +145,12 @@ def _fwd_kernel(
         q = signed(q, SIGN)
     q_at = (q_ptr, stride_qm, stride_qd, M, offs_m)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
-    m_i = tl.full([BLOCK_M], float("-inf"), ACC)
+    m_i = lowest(BLOCK_M, ACC, SCALED)
     l_i = tl.zeros([BLOCK_M], ACC)
     if HAS_SINKS:  # a key without a value
-        sinks = tl.load(sinks_ptr + off_h * stride_xh + offs_m * stride_xm, mask=offs_m < M, other=0.0)
-        m_i = tl.where(split == 0, sinks.to(ACC), m_i)
-        l_i = tl.where(split == 0, 1.0, l_i)
+        sinks = tl.load(sinks_ptr + off_h * stride_xh + offs_m * stride_xm, mask=offs_m < M, other=0.0).to(ACC)
+        m_i = tl.where(split == 0, tl.maximum(m_i, sinks), m_i)
+        l_i = tl.where(split == 0, tl.exp(sinks - m_i), l_i)
 
     last_n = tl.minimum(first_n + chunk, N)
     TENSOR: tl.constexpr = HAS_MASK or HAS_BIAS
@@ -171,7 +169,7 @@ def _fwd_kernel(
     store_tile(o_ptr, (stride_om, stride_od), (M, DV), offs_m, offs_e, acc * factor[:, None])
     if not SPLIT:
         tl.store(lse_ptr + row + offs_m, m_i + tl.log(l_i), mask=offs_m < M)
-    if SPLIT or EXACT:
+    if SPLIT or PAIRED:
         store_pair(stats_ptr, row + offs_m, m_i, l_i, offs_m < M)
     if LEFT or RIGHT or TENSOR:
         if tl.sum((acc != acc).to(tl.int32)) > 0:  # NaN or inf in V, perhaps only where a mask hides it
@@ -191,9 +189,9 @@ def _fwd_kernel(
                 )
 
 
-def _outputs(q, k, v, *_):
+def _outputs(q, k, v, mask, *_):
     (B, H, M), wide = q.shape[:3], torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse, stats = (q.new_empty(shape, dtype=wide) for shape in ((B, H, M), (B, H, M, 2 if exact(q.dtype) else 0)))
+    lse, stats = (q.new_empty(shape, dtype=wide) for shape in ((B, H, M), (B, H, M, 2 if paired(q, mask) else 0)))
     return empty_heads(q, B, H, M, v.shape[3]), lse, stats
 
 
@@ -215,8 +213,8 @@ def fused_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(O [B, H, M, Dv], lse [B, H, M], stats); the mask is 4-D, of full size or expanded to it; query m sees the keys
     m + left ... m + right, or all on a side that is None. stats [B, H, M, 2] are the maxima of rows and the sums of
-    their exponentials, for the backward pass where the rounding of lse would show (see exact); else empty."""
-    outputs = o, lse, stats = _outputs(q, k, v)
+    their exponentials, for the backward pass where the rounding of lse would show (see paired); else empty."""
+    outputs = o, lse, stats = _outputs(q, k, v, mask)
     if lse.numel() == 0:
         return outputs
     plain = mask is None and sinks is None and seed is None and softcap == 0.0 and block_m is None and block_n is None
@@ -256,7 +254,7 @@ def fused_op(
         FEW=tile.BLOCK_M if INTERPRETED else 16, **compile_options(tile),
     )
     if splits > 1:
-        merge_splits(part, part_stats, o, lse, stats, *(constants[name] for name in ("EXACT", "DV", "BLOCK_DV")))
+        merge_splits(part, part_stats, o, lse, stats, *(constants[name] for name in ("PAIRED", "DV", "BLOCK_DV")))
     return outputs
 
 
@@ -309,7 +307,7 @@ class FusedBackward(torch.autograd.Function):
         if needs_dmask:
             dmask = fused_bias_gradient_op(do, q, k, v, full, seed, record, list(mask.shape), mask.dtype, *options)
         if needs_dsinks:  # the sink's weight e^(sink - lse) has no value: dP = 0, so its gradient is -P delta
-            top, total = (stats[..., 0], stats[..., 1]) if exact(q.dtype) else (lse, torch.ones_like(lse))
+            top, total = (stats[..., 0], stats[..., 1]) if paired(q, mask) else (lse, torch.ones_like(lse))
             weight = (torch.exp(sinks[:, None].double() - top) / total).masked_fill(lse == -math.inf, 0.0)
             dsinks = -(weight * record[..., 2:].double().sum(-1)).sum((0, 2)).to(sinks.dtype)
         return dq, dk, dv, dmask, dsinks
@@ -392,7 +390,7 @@ def attention_fused(
             )
     mask, diagonal = check_mask(attn_mask, is_causal, (B, H, M, N), q.device)
     left, right = check_window(window_size, diagonal, M, N)
-    scale, dropout_p, softcap = check_scale(scale, D), check_dropout(dropout_p), check_softcap(softcap)
+    scale, dropout_p, softcap = check_scale(scale, D), check_dropout(dropout_p), check_softcap(softcap, q.dtype)
     check_sinks(sinks, H, q.device)
     check_blocks(block_m=block_m, block_n=block_n)
     seed = torch.randint(1 << 62, (1,), device=q.device) if dropout_p > 0.0 else None

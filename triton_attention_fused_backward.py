@@ -1,7 +1,8 @@
 """dQ, dK, dV of the fused kernel: P is computed again, tile by tile, instead of stored.
 
     P  = e^(logits - lse)                 lse came from the forward pass: no maximum, no sum, no correction. For
-                                          float32, e^(logits - m_i) / l_i, free of the rounding of lse
+                                          float32 and beside a floating mask, e^(logits - m_i) / l_i, free of the
+                                          rounding of lse: of -1e9 + log 33 the log is lost
     dS = P * (dO V^T - delta)             delta = rowsum(P * dP) - dlse, of which the first is rowsum(dO * O)
     dV = P^T dO     dQ = scale dS K     dK = scale dS^T Q
 
@@ -31,9 +32,9 @@ from triton_attention_tiles import (
 
 
 @triton.jit
-def _normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT: tl.constexpr):
+def _normalizer(lse_ptr, stats_ptr, row, offs_m, M, PAIRED: tl.constexpr):
     """(top, inverse), with which P = e^(logits - top) * inverse; a query that sees nothing, all -inf, has top 0."""
-    if EXACT:
+    if PAIRED:
         top, l_i = load_pair(stats_ptr, row + offs_m, offs_m < M, float("-inf"))
         inverse = inverse_sum(l_i)
     else:
@@ -61,7 +62,7 @@ def probs(
     qk, top, inverse, offs_m, start_n, M, N, left, right, mask_ptr, mask_strides, scale,
     M_AXIS: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    EXACT: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAIRED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """(P before dropout, tanh where there is a softcap) of a tile with its queries along M_AXIS, 0 or 1."""
     m, n = tl.expand_dims(offs_m, 1 - M_AXIS), tl.expand_dims(start_n + tl.arange(0, BLOCK_N), M_AXIS)
@@ -70,7 +71,7 @@ def probs(
         MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
     )
     p = exponential(x, raw, tl.expand_dims(top, 1 - M_AXIS), scale, MASKED, HAS_BIAS, SOFTCAP, SCALED)
-    if EXACT:
+    if PAIRED:
         p *= tl.expand_dims(inverse, 1 - M_AXIS)
     if MASKED:
         p = tl.where(x == float("-inf"), 0.0, p)
@@ -100,7 +101,7 @@ def _walk_keys(
     off_b, off_h, offs_m, bounds, M, N, left, right, scale, dropout_p, keep_factor,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """(dq + dS K, pk + P K, left_over + rowsum(dS without dlse)) over some keys, the last two only if EXACT;
@@ -112,20 +113,21 @@ def _walk_keys(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_parts(k_ptr, k_strides, (N, D), offs_n, offs_d, PRECISION, MASKED, D != BLOCK_D)
         v = load_parts(v_ptr, v_strides, (N, DV), offs_n, offs_e, PRECISION, MASKED, DV != BLOCK_DV)
-        if MASKED and (LEFT or RIGHT or HAS_MASK or HAS_BIAS):
-            # NaN or inf in a hidden key, times its dS of 0, would be NaN. (Who sees a NaN has it in lse already.)
-            k = map_finite(k, PRECISION)
         zeros = tl.zeros([offs_m.shape[0], BLOCK_N], dq.dtype)
         qk = rows_dot(q, q_at, k, (k_ptr, k_strides[0], k_strides[1], N, offs_n), zeros, D, PRECISION)
         dp = rows_dot(do, do_at, v, (v_ptr, v_strides[0], v_strides[1], N, offs_n), zeros, DV, PRECISION)
         p, tanh = probs(
             qk, rows[0], rows[1], offs_m, start_n, M, N, left, right, mask_ptr, mask_strides, scale,
-            0, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, EXACT, BLOCK_N,
+            0, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, PAIRED, BLOCK_N,
         )
         if DROPOUT:
             keep = keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N)
             dp = tl.where(keep, dp * keep_factor, 0.0)
         ds_logits, ds = dscores(p, dp, tanh, rows[2], rows[2], 0, MASKED, SOFTCAP, False)  # no rest yet
+        if MASKED and (LEFT or RIGHT or HAS_MASK or HAS_BIAS):
+            # NaN or inf in a hidden key, times its dS of 0, would be NaN; not for the scores, which inf in a key that
+            # is seen makes -inf. (A query that sees NaN has it in lse already.)
+            k = map_finite(k, PRECISION)
         if EXACT:
             left_over += tl.sum(ds_logits, 1)
             if SOFTCAP > 0.0:
@@ -149,7 +151,7 @@ def _dq_kernel(
     seed_ptr, scale, dropout_p, keep_factor, H, GROUP, M, N, left, right,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DLSE: tl.constexpr,
-    SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -181,7 +183,7 @@ def _dq_kernel(
     do_at = (do_ptr, stride_gm, stride_gd, M, offs_m)
     k_strides, v_strides = (stride_kn, stride_kd), (stride_vn, stride_vd)
     o = load_tile(o_ptr, (stride_om, stride_od), (M, DV), offs_m, offs_e)
-    top, inverse = _normalizer(lse_ptr, stats_ptr, row, offs_m, M, EXACT)
+    top, inverse = _normalizer(lse_ptr, stats_ptr, row, offs_m, M, PAIRED)
     TENSOR: tl.constexpr = HAS_MASK or HAS_BIAS
     bounds = key_range(start_m, 0, N, left, right, LEFT, RIGHT, TENSOR, BLOCK_M, BLOCK_N)
 
@@ -198,7 +200,7 @@ def _dq_kernel(
             dq, pk, rest, q, q_at, do, do_at, (top, inverse, delta, dlse), k_ptr, k_strides, v_ptr, v_strides,
             mask_ptr, (stride_am, stride_an), seed, off_b, off_h, offs_m, bounds,
             M, N, left, right, scale, dropout_p, keep_factor,
-            D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, HAS_DLSE, SOFTCAP, SCALED, DROPOUT, EXACT,
+            D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, HAS_DLSE, SOFTCAP, SCALED, DROPOUT, PAIRED, EXACT,
             PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )
     if EXACT:  # rowsum(P * dP) less what rounding made of it in delta: much, where one key has almost all of the weight
@@ -217,7 +219,7 @@ def _walk_queries(
     seed, off_b, first_h, start_n, bounds, H, M, N, left, right, scale, dropout_p, keep_factor,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PAIRED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """(dk + dS^T Q, dv + P^T dO) over the queries that see every key of the block, or if MASKED over the others.
@@ -250,7 +252,7 @@ def _walk_queries(
         qk_t = rows_dot(k, k_at, q, q_at, zeros, D, PRECISION)
         p_t, tanh = probs(
             qk_t, top, inverse, offs_m, start_n, M, N, left, right, mask_head, (mask_strides[2], mask_strides[3]),
-            scale, 1, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, EXACT, BLOCK_N,
+            scale, 1, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, PAIRED, BLOCK_N,
         )
         kept = p_t
         if DROPOUT:
@@ -278,7 +280,7 @@ def _dkdv_kernel(
     seed_ptr, scale, dropout_p, keep_factor, H, M, N, left, right,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PAIRED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     tile, off_b, off_hk = split_program(tl.program_id(0), tl.cdiv(N, BLOCK_N), H // GROUP)
@@ -311,7 +313,7 @@ def _dkdv_kernel(
             q_ptr, (stride_qb, stride_qh, stride_qm, stride_qd), mask_ptr, (stride_ab, stride_ah, stride_am, stride_an),
             record_ptr, seed, off_b, off_hk * GROUP, start_n, bounds,
             H, M, N, left, right, scale, dropout_p, keep_factor,
-            GROUP, D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, EXACT,
+            GROUP, D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, EXACT,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )
     store_tile(dk_ptr, (stride_rn, stride_rd), (N, D), offs_n, offs_d, dk * (scale * SIGN))
@@ -322,8 +324,13 @@ FEW_QUERIES = 16  # queries, up to which a tile of all of them reads the keys on
 
 
 def exact(dtype):
-    """Whether P must be as exact as float32: from the maximum and the sum of a row, not from the rounded lse."""
+    """Whether P and dS must be as exact as float32."""
     return dtype.itemsize >= 4 or (INTERPRETED and dtype == torch.bfloat16)  # which is interpreted as float32
+
+
+def paired(q, mask):
+    """Whether P comes from the maximum and the sum of a row: also where a floating mask makes the maximum large."""
+    return exact(q.dtype) or (mask is not None and mask.dtype != torch.bool)
 
 
 def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
@@ -344,7 +351,6 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
     has_bias = mask is not None and not has_mask
     scaled = exact(q.dtype) or has_bias or softcap > 0.0
     sign = 1 if scaled else (scale > 0) - (scale < 0)
-    mask = mask.view(torch.uint8) if has_mask else mask
     scalars = (scale * sign if sign else 1.0, dropout_p, keep_factor)
     D, DV = int(q.shape[3]), int(v.shape[3])
     # the ptxas of Triton 3.6 lets wgmma read V by a register that it never set, if V is narrow and padded
@@ -352,7 +358,7 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
     constants = {
         "D": D, "DV": DV, "SIGN": sign, "LEFT": left is not None, "RIGHT": right is not None, "HAS_MASK": has_mask,
         "HAS_BIAS": has_bias, "SOFTCAP": softcap, "SCALED": scaled,
-        "DROPOUT": dropout_p > 0.0, "EXACT": exact(q.dtype),
+        "DROPOUT": dropout_p > 0.0, "PAIRED": exact(q.dtype) or has_bias, "EXACT": exact(q.dtype),
         "PRECISION": dot_precision(q.dtype),
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "BLOCK_DV": max(narrowest, triton.next_power_of_2(DV)),

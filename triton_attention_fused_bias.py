@@ -26,7 +26,8 @@ def _dbias_kernel(
     record_ptr, dbias_ptr, stride_rb, stride_rh, stride_rm, stride_rn,
     seed_ptr, scale, dropout_p, keep_factor, B, H, GROUP, M, N, left, right, GH, GM, GN,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
     SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_M: tl.constexpr, SUM_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -69,7 +70,7 @@ def _dbias_kernel(
                     p, tanh = probs(
                         qk, top, inverse, offs_m, n, M, N, left, right,
                         mask_head, (stride_am, stride_an), scale,
-                        0, True, LEFT, RIGHT, False, True, SOFTCAP, SCALED, EXACT, BLOCK_N,
+                        0, True, LEFT, RIGHT, False, True, SOFTCAP, SCALED, PAIRED, BLOCK_N,
                     )
                     dp = rows_dot(do, do_at, v, (v_head, stride_vn, stride_vd, N, offs_n), zeros, DV, PRECISION)
                     if DROPOUT:

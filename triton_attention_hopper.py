@@ -20,7 +20,8 @@ exponentials and the wait for P V; without it ptxas moves the latter up. With tw
 exponentials, so that the second half of them hides what comes after P V: O scaled, sums, P in 16 bits. A branch
 around the mask, not a second loop, which would spill; and no mask at all past the first tile where the diagonal is at a
 multiple of 64, which spares three warpgroups 6 KB of instructions (D 64, causal, 2 to 3 %; at D 128 a branch is there
-all the same, as with it ptxas releases K earlier: 1 %), and a test for rows that have seen no key yet (D 128 1 to 2 %).
+all the same, as with it ptxas releases K earlier: 1 %). Maxima begin with the least finite number, not with -inf, so
+that no tile needs a test for rows that have seen no key yet (D 128 1 to 2 %).
 Where the diagonal is at a multiple of 128, the first warpgroup multiplies only the half of its first tile that it sees,
 and so is ahead of the second, whose products fill its softmax (S 512 4 to 8 %, S 2048 1 to 3 %). 240 registers a thread
 of two warpgroups, or 160 of three where there are tiles enough for that, and few for the warp that fetches; that warp
@@ -69,7 +70,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention_hopper_mask import ROWS, close_log, edges, half, hide, key_tiles, open_log, repair, write_down
-from triton_attention_hopper_softmax import along, exponentials, halves, joined, maxima, row_sums
+from triton_attention_hopper_softmax import LOWEST, along, exponentials, halves, joined, maxima, row_sums
 from triton_attention_launch import TRITON, launch, tile_for
 from triton_attention_ptx import (
     arrive_at, inline, mark_nan, meet_at, opaque, program, rescale, take_number, uniform, written,
@@ -259,9 +260,9 @@ def _first_tile(
     _release(count, K_FREE, STAGES, WARPGROUPS)
     if masked:
         s = hide(s, row, start_n, N, left, right, LEFT, RIGHT, layout)
-    m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
-    top, _, m_i = maxima(s, m_i, scale, LEFT or RIGHT, WARPGROUPS, layout)
-    p = exponentials(s, top, scale)
+    m_i = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, layout))
+    _, m_i = maxima(s, m_i, scale, WARPGROUPS, layout)
+    p = exponentials(s, m_i, scale)
     if KEYS < BLOCK_N:
         p = gl.convert_layout(joined(p, gl.zeros_like(p)), s_layout)
     return p, gl.convert_layout(m_i, gl.SliceLayout(1, s_layout))
@@ -336,12 +337,12 @@ def _attend(
                     edge = edge | (start_n < row + (ROWS - 1) + left)
                 if edge:
                     s = hide(s, row, start_n, N, left, right, EDGES and LEFT, EDGES and RIGHT, s_layout)
-            top, alpha, m_i = maxima(s, m_i, scale, EDGES, WARPGROUPS, s_layout)
+            alpha, m_i = maxima(s, m_i, scale, WARPGROUPS, s_layout)
             if WARPGROUPS == 2:
                 s_0, s_1 = halves(s)
-                p_0 = exponentials(s_0, top, scale)
+                p_0 = exponentials(s_0, m_i, scale)
             else:
-                weights = exponentials(s, top, scale)
+                weights = exponentials(s, m_i, scale)
                 l_i = l_i * along(alpha, l_i) + row_sums(weights)
             count += 1
             _await(k_full, count, STAGES, step < own_last - own_first)  # here: it keeps the next wait below the softmax
@@ -349,7 +350,7 @@ def _attend(
             _release(count - 2, V_FREE, STAGES, WARPGROUPS)
             acc = rescale(acc, along(alpha, acc))
             if WARPGROUPS == 2:
-                weights = gl.convert_layout(joined(p_0, exponentials(s_1, top, scale)), s_layout)
+                weights = gl.convert_layout(joined(p_0, exponentials(s_1, m_i, scale)), s_layout)
                 l_i = l_i * along(alpha, l_i) + row_sums(weights)
             p_16 = gl.convert_layout(weights.to(dtype), p_layout)
         if Q_STAGES == 2:

@@ -254,10 +254,18 @@ def _store(
 
 
 @gluon.jit
-def _make_finite(buf, layout: gl.constexpr):
-    """0 for NaN and inf: of a hidden key they would meet a dS of 0. (Who sees NaN has it in lse or delta already.)"""
-    x = buf.load(layout)
-    buf.store(gl.where(gl.abs(x.to(gl.float32)) < float("inf"), x, gl.zeros_like(x)))
+def _make_finite(buf, after_n, at_left, LEFT: gl.constexpr, layout: gl.constexpr):
+    """A tile of K or V with zeros for keys that no query sees, as products with a huge number would be inf, and -inf +
+    inf NaN; and a large number for inf and NaN, which of a key that some queries do not see would meet a dS of 0. Large,
+    so that a score of -inf stays one that has no weight. (A query that sees NaN has it in lse or delta already.)"""
+    LARGE: gl.constexpr = 65504.0 if buf.dtype == gl.float16 else 2.0**100
+    n = gl.arange(0, buf.shape[0], gl.SliceLayout(1, layout))
+    seen = n < after_n
+    if LEFT:
+        seen = seen & (n >= -at_left)
+    x = buf.load(layout).to(gl.float32)
+    x = gl.where(gl.abs(x) < float("inf"), x, gl.minimum(gl.maximum(x, -LARGE), LARGE))
+    buf.store(gl.where(gl.expand_dims(seen, 1), x, 0.0).to(buf.dtype))
 
 
 @gluon.jit
@@ -331,8 +339,8 @@ def _multiply(
         mbarrier.wait(v_full, turn & 1)
         if BANDED:
             row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [8, 1], [1, 0])
-            _make_finite(k, row_layout)
-            _make_finite(v, row_layout)
+            _make_finite(k, after_n, at_left, LEFT, row_layout)
+            _make_finite(v, after_n, at_left, LEFT, row_layout)
             fence_async_shared()
         k_left = k
         if BLOCK_D == 64 and not BANDED and ROOM:
@@ -484,7 +492,8 @@ def backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right, 
         describe_rows(stats, 1), describe_rows(sums, 64),
         describe(dk, KEYS.value, tile.BLOCK_D), describe(dv, KEYS.value, tile.BLOCK_D), tickets, counter(q.device),
         factor * LOG2E,
-        tiles, B * Hk, max(1, min(B * Hk, section)), Hk, H // Hk, triton.cdiv(M, tile.BLOCK_M), N,
+        tiles, B * Hk, max(1, min(B * Hk, section)), Hk, H // Hk, triton.cdiv(M, tile.BLOCK_M),
+        N if right is None else min(N, M + right),
         left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,
         BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages, DQ_STAGES=tile.SPAN,

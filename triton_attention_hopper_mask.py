@@ -29,8 +29,8 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 
 def edges(left, right):
-    """Whether the walk past its first tile needs a mask and a test for rows without keys: not where the diagonal is at
-    a multiple of 64, and no window. Then 64 rows all see a key of their first tile and all keys of others, if any."""
+    """Whether the walk past its first tile needs a mask: not where the diagonal is at a multiple of 64, and no window.
+    Then 64 rows all see all keys of the other tiles, if any."""
     return left is not None or (right or 0) % ROWS.value != 0
 
 

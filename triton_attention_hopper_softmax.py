@@ -18,12 +18,13 @@ from triton.experimental.gluon import language as gl
 
 from triton_attention_ptx import both_first
 
+LOWEST = gl.constexpr(-3.4028234663852886e38)  # the maximum of a row that has seen nothing yet: the least finite number
+
 
 @gluon.jit
-def maxima(s, m_i, scale, EMPTY: gl.constexpr, WARPGROUPS: gl.constexpr, layout: gl.constexpr):
-    """(what to subtract from a tile of scores, alpha, new maximum), base 2. The maximum stays as it is until it has
-    grown by a factor of 256 at least, so that alpha is 1 but for a few tiles. EMPTY: a row may have seen no key yet;
-    without it, one whose scores are all -inf so far gets NaN, which takes an infinite key."""
+def maxima(s, m_i, scale, WARPGROUPS: gl.constexpr, layout: gl.constexpr):
+    """(alpha, new maximum), base 2. The maximum stays as it is until it has grown by a factor of 256 at least, so that
+    alpha is 1 but for a few tiles. It begins with LOWEST, not -inf, and so can always be subtracted from scores."""
     x = s
     if WARPGROUPS == 3:  # whose registers are few: no long chain of instructions that wait for each other
         for _ in gl.static_range(4):
@@ -32,8 +33,7 @@ def maxima(s, m_i, scale, EMPTY: gl.constexpr, WARPGROUPS: gl.constexpr, layout:
     if WARPGROUPS == 3:
         m_new = both_first(m_new)
     m_new = gl.where(m_new > m_i + 8.0, m_new, m_i)
-    top = gl.where(m_new == float("-inf"), 0.0, m_new) if EMPTY else m_new
-    return top, gl.exp2(m_i - top), m_new
+    return gl.exp2(m_i - m_new), m_new
 
 
 @gluon.jit

@@ -102,7 +102,7 @@ def logits(
             keep = keep & (n >= m + left)
         offsets = m.to(tl.int64) * mask_strides[0] + n.to(tl.int64) * mask_strides[1]
         if HAS_MASK:
-            keep = keep & (tl.load(mask_ptr + offsets, mask=keep & (m < M), other=0) != 0)
+            keep = keep & tl.load(mask_ptr + offsets, mask=keep & (m < M), other=False)
         if HAS_BIAS:
             bias = tl.load(mask_ptr + offsets, mask=keep & (m < M), other=float("-inf")).to(qk.dtype)
             keep = keep & (bias != float("-inf"))
@@ -130,6 +130,14 @@ def exponential(
         factor = tl.full(raw.shape, SOFTCAP, raw.dtype) if SOFTCAP > 0.0 else scale
         p = tl.exp(tl.fma(raw, factor, -top))
         return tl.where(x == float("-inf"), 0.0, p) if MASKED else p
+
+
+@triton.jit
+def lowest(BLOCK: tl.constexpr, dtype: tl.constexpr, SCALED: tl.constexpr):
+    """The maximum of rows that have seen nothing yet: finite, also times log2(e) if not SCALED, so that -inf less it is
+    no NaN. What follows of it is right: a sum of 0, and with its logarithm an lse of -inf."""
+    LARGEST: tl.constexpr = 1.7976931348623157e308 if dtype == tl.float64 else 3.4028234663852886e38
+    return tl.full([BLOCK], -LARGEST if SCALED else -0.69 * LARGEST, dtype)
 
 
 @triton.jit

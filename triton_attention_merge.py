@@ -24,27 +24,26 @@ MOST_SPLITS = 128
 @triton.jit(do_not_specialize=["H", "M", "splits", "rows"])
 def _merge_kernel(
     part_ptr, part_stats_ptr, o_ptr, stride_ob, stride_oh, stride_om, stride_od, lse_ptr, stats_ptr,
-    H, M, splits, rows, EXACT: tl.constexpr, DV: tl.constexpr, MOST: tl.constexpr, BLOCK_DV: tl.constexpr,
+    H, M, splits, rows, PAIRED: tl.constexpr, DV: tl.constexpr, MOST: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """One row of O from its splits, MOST at most: one more step of the online softmax, all of them at once."""
     row = tl.program_id(0).to(tl.int64)
     offs_s, offs_e = tl.arange(0, MOST), tl.arange(0, BLOCK_DV)
     m_s, l_s = load_pair(part_stats_ptr, offs_s * rows + row, offs_s < splits, float("-inf"))
     m = tl.max(m_s, 0)
-    top = tl.where(m == float("-inf"), 0.0, m)
-    l = tl.sum(tl.exp(m_s - top) * l_s, 0)  # noqa: E741
+    l = tl.sum(tl.exp(m_s - m) * l_s, 0)  # noqa: E741
     o = tl.zeros([BLOCK_DV], m.dtype)
     for start_s in range(0, splits, 16):
         offs_t = start_s + tl.arange(0, 16)
         m_t, _ = load_pair(part_stats_ptr, offs_t * rows + row, offs_t < splits, float("-inf"))
-        alpha = tl.exp(m_t - top)[:, None]
+        alpha = tl.exp(m_t - m)[:, None]
         parts = load_tile(part_ptr + row * DV, (rows * DV, 1), (splits, DV), offs_t, offs_e)
         o += tl.sum(tl.where(alpha == 0.0, 0.0, alpha * parts), 0)
     o *= inverse_sum(l)
     o_ptr += row // (H * M) * stride_ob + row // M % H * stride_oh + row % M * stride_om
     tl.store(o_ptr + offs_e * stride_od, o.to(o_ptr.dtype.element_ty), mask=offs_e < DV)
     tl.store(lse_ptr + row, m + tl.log(l))
-    if EXACT:
+    if PAIRED:
         store_pair(stats_ptr, row, m, l, row >= 0)
 
 
@@ -58,13 +57,13 @@ def count_splits(programs, N, block_n, device):
     return max(1, min(2 * processors(device) // programs, triton.cdiv(N, 4 * block_n), MOST_SPLITS))
 
 
-def merge_splits(part, part_stats, o, lse, stats, EXACT, DV, BLOCK_DV):
+def merge_splits(part, part_stats, o, lse, stats, PAIRED, DV, BLOCK_DV):
     """Fill o, lse and stats (see fused_op) from the splits [splits, B, H, M, ...]."""
     (B, H, M), splits = o.shape[:3], part.shape[0]
     launch(
         _merge_kernel, B * H * M,
         part, part_stats, o, *o.stride(), lse, stats, H, M, splits, B * H * M,
-        EXACT=EXACT, DV=DV, BLOCK_DV=BLOCK_DV, MOST=MOST_SPLITS, num_warps=4,
+        PAIRED=PAIRED, DV=DV, BLOCK_DV=BLOCK_DV, MOST=MOST_SPLITS, num_warps=4,
     )
 
 

@@ -38,7 +38,7 @@ def _logits(
     """Tile of S + mask; where the mask forbids a key it is -inf, whatever S holds there."""
     s = _load_scores(s_ptr, s_strides, M, N, offs_m, offs_n, diagonal, float("-inf"), CAUSAL).to(ACC)
     if HAS_MASK:
-        s = tl.where(load_tile(mask_ptr, mask_strides, (M, N), offs_m, offs_n, 0) != 0, s, float("-inf"))
+        s = tl.where(load_tile(mask_ptr, mask_strides, (M, N), offs_m, offs_n, False), s, float("-inf"))
     if HAS_BIAS:
         bias = load_tile(mask_ptr, mask_strides, (M, N), offs_m, offs_n, float("-inf")).to(ACC)
         s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
@@ -241,7 +241,6 @@ def _softmax_arguments(scores, mask, diagonal, probs):
     """What the two kernels share: (arguments up to the strides of P, constants)."""
     has_mask = mask is not None and mask.dtype == torch.bool
     strides = (0, 0, 0, 0) if mask is None else mask.expand(scores.shape).stride()
-    mask = mask.view(torch.uint8) if has_mask else mask
     arguments = (scores, *scores.stride(), mask, *strides, probs, *probs.stride())
     has_bias = mask is not None and not has_mask
     return arguments, {"CAUSAL": diagonal is not None, "HAS_MASK": has_mask, "HAS_BIAS": has_bias}
