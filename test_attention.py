@@ -215,6 +215,47 @@ def test_softmax_of_extreme_rows():
         assert torch.autograd.grad(p.square().sum(), rows)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", (F16, BF16, F32), ids=str)
+@pytest.mark.parametrize("ours", (staged, fused), ids=("staged", "fused"))
+def test_rows_of_one_large_negative_constant(ours, dtype):
+    """-1e9 or finfo.min, masks' stand-ins for -inf, over a whole row: all keys have one weight, forward and backward."""
+    sinks = randn(2, dtype=dtype)
+    for M in (20, 1):
+        q, k, v = (randn(2, 2, n, 16, dtype=dtype) for n in (M, 133, 133))
+        mask = randn(M, 133, grad=False)
+        mask[M // 2] = -1e9
+        if M > 1:
+            mask[3], mask[5], mask[7, 20:], mask[9, 30:] = torch.finfo(F32).min, -1e5, -INF, -1e9
+        q.data[:, :, (mask < -1e4).all(1)] = 0.0  # whose scores float32 would lose beside the constant, float64 not
+        for with_sinks in (False, True)[: 2 if ours is fused else 1]:
+            kwargs = {"sinks": sinks} if with_sinks else {}
+            do, inputs = torch.randn(2, 2, M, 16, device=DEVICE, dtype=dtype), (q, k, v, *kwargs.values())
+            grads = torch.autograd.grad(ours(q, k, v, mask, **kwargs)[0], inputs, do)
+            exact = [double(t) for t in inputs]
+            exact_kwargs = {"sinks": exact[3]} if with_sinks else {}
+            out = (torch_fused if with_sinks else torch_staged)(*exact[:3], mask.double(), **exact_kwargs)[0]
+            for mine, right in zip(grads, torch.autograd.grad(out, exact, do.double()), strict=True):
+                assert (mine - right).abs().max() <= 4 * torch.finfo(dtype).eps * max(right.abs().max(), 1.0)
+
+
+@pytest.mark.parametrize("dtype", (F16, BF16, F32, F64), ids=str)
+@pytest.mark.parametrize("ours", (staged, fused), ids=("staged", "fused"))
+def test_keys_that_score_minus_infinity(ours, dtype):
+    """An infinite coordinate takes the weight of its keys, whatever tiles they fill; a row with no others gives 0."""
+    q, k, v = (randn(1, 2, n, 16, dtype=dtype, grad=False) for n in (230, 230, 230))
+    q[..., 0], k[:, :, :140, 0] = q[..., 0].abs() + 0.5, -INF
+    q = q * 0.3  # two keys of a causal row with large scores show each rounding
+    for is_causal in (False, True):
+        lower, exact = (torch_staged(*tensors, is_causal=is_causal) for tensors in ((q, k, v), map(double, (q, k, v))))
+        out, second = ours(q, k, v, is_causal=is_causal)
+        assert_close(out, lower[0], exact[0])
+        rows = slice(140 if is_causal else 0, None)
+        assert second[:, :, rows].isfinite().all() and (not is_causal or (out[:, :, :140] == 0).all())
+        v.requires_grad_()
+        assert (torch.autograd.grad(ours(q, k, v, is_causal=is_causal)[0].sum(), v)[0][:, :, :140] == 0).all()
+        v.requires_grad_(False)
+
+
 @pytest.mark.parametrize("N", [1, 2, 1000, 16384, 16385, 100_000])
 def test_softmax_of_long_rows(N):
     s = randn(1, 1, 3, N)
@@ -242,7 +283,9 @@ def test_a_nan_stays_in_its_row():
 
 
 @pytest.mark.parametrize("ours", (staged, fused), ids=("staged", "fused"))
-@pytest.mark.parametrize("poison,dtype", [(NAN, F32), (NAN, F16), (INF, F32), (-INF, BF16)], ids=str)
+@pytest.mark.parametrize(
+    "poison,dtype", [(NAN, F32), (NAN, F16), (INF, F32), (-INF, BF16), (2e38, F32), (2e38, BF16), (6e4, F16)], ids=str
+)
 def test_masked_keys_do_not_leak(poison, dtype, ours):
     """NaN and inf in keys and values that no query may see change nothing, forward and backward."""
     q, k, v = (randn(2, 1, 20, 24, dtype=dtype, grad=False) for _ in range(3))

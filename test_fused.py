@@ -1,5 +1,7 @@
 """What the fused kernel alone has: lse, window, softcap, sinks, the split over keys; and dropout."""
 
+import math
+
 import pytest
 import torch
 
@@ -61,6 +63,19 @@ def test_lse():
     nothing = torch.zeros(30, 45, dtype=torch.bool, device=DEVICE)
     o, lse = attention_fused(q, k, v, nothing, sinks=sinks, return_lse=True)
     assert (o == 0).all() and (lse[:, 0] == sinks[0]).all() and (lse[:, 1] == -INF).all()
+
+
+@pytest.mark.parametrize("dtype", (F16, F32, F64), ids=str)
+def test_extreme_softcaps(dtype):
+    """One past all scores changes nothing, one near 0 makes all of them equal."""
+    q, k, v = (randn(1, 2, n, 16, dtype=dtype) for n in (20, 33, 33))
+    mean = v.double().mean(2, keepdim=True).expand(1, 2, 20, 16)
+    for softcap, other in ((1e300, 0.0), (1e39, 0.0), (3e38, 0.0), (1e30, 0.0), (1e18, 0.0), (1e-36, 1e-30)):
+        compare(lambda *a, c=softcap: fused(*a, softcap=c), lambda *a, c=other: torch_fused(*a, softcap=c), q, k, v)
+    for softcap in (1e-30, 1e-38, 1e-40, 1e-310):
+        out, lse = fused(q, k, v, softcap=softcap)
+        assert (out - mean).abs().max() < 2e-3 and (lse - math.log(33)).abs().max() < 1e-5
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
 def test_a_window_that_ends_before_the_keys():

@@ -260,6 +260,35 @@ def test_gpu_fused_hopper_gradients(D, monkeypatch):
     torch.testing.assert_close(hidden[:, :, 768:800], clean[:, :, 768:800], rtol=1e-2, atol=2e-3)  # O is computed anew
 
 
+@pytest.mark.skipif(hopper("triton_attention_hopper") is None, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("D", (64, 128))
+def test_gpu_hopper_infinite_and_huge_keys(D, monkeypatch):
+    """Keys that score -inf fill the tiles that come first; keys that no query sees hold huge numbers, inf and NaN."""
+    for name in ("triton_attention_hopper", "triton_attention_hopper_backward"):
+        for limit in ("SMALLEST", "FEWEST"):
+            monkeypatch.setattr(hopper(name), limit, 0)
+    q, k, v = (torch.randn(1, 4, n, D, device=DEVICE, dtype=BF16) for n in (700, 900, 900))
+    infinite, positive = k.clone(), q.clone()
+    infinite[:, :, 300:, 0], positive[..., 0] = -INF, q[..., 0].abs() + 0.5
+    for options in ({}, {"is_causal": True}, {"window_size": (400, 0)}):
+        out, lse = fused(positive, infinite, v, **options)
+        exact = torch_fused(*(t.double() for t in (positive, infinite, v)), **options)
+        assert_close(out, torch_fused(positive, infinite, v, **options)[0], exact[0], options)
+        assert torch.equal(lse.isfinite(), exact[1].isfinite())
+    n = torch.arange(900, device=DEVICE)[:, None]
+    for options, unseen in (
+        ({"is_causal": True}, n >= 700), ({"window_size": (50, -1)}, n < 150),
+        ({"window_size": (60, 0), "is_causal": True}, (n < 140) | (n >= 700)),
+    ):
+        results = []
+        for fill in (0.0, 2e38, -2e38, INF, NAN):
+            inputs = [q.clone(), *(t.masked_fill(unseen, fill) for t in (k, v))]
+            out = fused(*[t.requires_grad_() for t in inputs], **options)[0]
+            results.append((out, *torch.autograd.grad(out.sum(), inputs)))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), options
+
+
 @GPU
 @pytest.mark.parametrize("D,Dv", [(95, 8), (63, 4), (72, 12), (95, 24)])
 def test_gpu_fused_narrow_values(D, Dv):

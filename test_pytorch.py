@@ -105,6 +105,25 @@ def test_compile(dynamic):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_with_masks(dynamic):
+    """Bool, as padding and as a full mask, in the functions and through the layer, forward and backward."""
+    q, k, v = (randn(2, 2, 40, 16) for _ in range(3))
+    masks = [torch.rand(shape, device=DEVICE) > 0.3 for shape in ((2, 1, 1, 40), (40, 40))]
+    options = {"fullgraph": True, "dynamic": dynamic, "backend": BACKEND}
+    for ours, theirs in list(ATTENTION.values())[:2]:
+        compiled = torch.compile(ours, **options)
+        for mask in masks[: 1 if dynamic else 2]:
+            compare(lambda *a, f=compiled, m=mask: f(*a, m), lambda *a, f=theirs, m=mask: f(*a, m), q, k, v)
+    layer = TritonMultiheadAttention(32, 4, batch_first=True, device=DEVICE)
+    x, padding = torch.randn(2, 20, 32, device=DEVICE), torch.arange(20, device=DEVICE).expand(2, 20) > 14
+    compiled = torch.compile(layer, **options)
+    for need_weights in (True, False):
+        kwargs = {"key_padding_mask": padding, "need_weights": need_weights}
+        assert (compiled(x, x, x, **kwargs)[0] - layer(x, x, x, **kwargs)[0]).abs().max() < 1e-5
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", ATTENTION)
 def test_torch_func(name):
     ours, theirs = ATTENTION[name]

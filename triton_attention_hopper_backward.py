@@ -476,11 +476,11 @@ def applies(q, k, v, scale, left, right, processors):
 def backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right, processors):
     """Fill dq, dk, dv and record, see fused_backward_op in triton_attention_fused_backward.py; for what applies()."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
-    if left is None and right is None and N % KEYS.value:
-        right = N  # nothing more is hidden, but what is past the last key
+    tile = tile_for("fused backward hopper", q.dtype, max(D, DV), right is not None)
+    if left is None and right is None and (N % KEYS.value or M % tile.BLOCK_M):
+        right = N  # nothing more is hidden, but what is past the last key; and 0 * inf past the last query is no NaN
     own_q, factor = (-q, -scale) if scale < 0.0 else (q, scale)  # the kernel knows positive ones
     do = do if readable(do) else do.clone(memory_format=torch.contiguous_format)
-    tile = tile_for("fused backward hopper", q.dtype, max(D, DV), right is not None)
     stats, tickets = prepare(do, dlse, o, lse, record, tile.BLOCK_M)
     sums = lse.new_empty(64 * tickets.numel(), 128)
     tiles, section = triton.cdiv(N, KEYS.value), L2 // (H // Hk * M * 8 * tile.BLOCK_D)
