@@ -36,7 +36,7 @@ class Doubling:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(replay, "_here", lambda device: True)
+    monkeypatch.setattr(replay, "is_current", lambda device: True)
     monkeypatch.setattr(replay, "_records", {})
     return Doubling()
 
