@@ -4,11 +4,13 @@ Every module that uses Triton imports this one before it, so that whichever come
 leaves CUDA as it was: the process may still fork, or choose by CUDA_VISIBLE_DEVICES which of them it sees.
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
 import functools
 import os
 import sys
+import threading
 
 import torch
 
@@ -130,6 +132,12 @@ def stream_of(device):
 # ---- counters
 
 _counters = {}  # (device, stream) -> see counter
+_one_at_a_time = threading.Lock()
+
+
+def _zero(device, stream):
+    with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+        return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def counter(device):
@@ -139,7 +147,13 @@ def counter(device):
     if place[1] is None:
         return torch.zeros(1, dtype=torch.int32, device=device)
     if place not in _counters:
-        _counters[place] = torch.zeros(1, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        with _one_at_a_time:
+            if place not in _counters:
+                # not in the memory pool that the caller may be in (torch.cuda.use_mem_pool is a matter of the thread),
+                # which may be emptied
+                with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                    _counters[place] = thread.submit(_zero, device, stream).result()
     return _counters[place]
 
 
