@@ -1,15 +1,19 @@
 """What depends on the machine: imports without a GPU, compiling for GPUs that are not here, what only a GPU shows."""
 
+import contextlib
 import itertools
 import os
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import emulate_hopper
+import triton_attention_device
 import triton_attention_fused_backward
 import triton_attention_hopper
 import triton_attention_replay
@@ -21,6 +25,7 @@ from triton_attention_fused import attention_fused
 from triton_attention_launch import hopper
 from triton_attention_layer import TritonMultiheadAttention, attention_staged
 from triton_attention_scores import attention_scores
+from triton_attention_softmax import attention_softmax
 from triton_attention_values import attention_values
 
 
@@ -174,6 +179,15 @@ print(*[launched[0] for launched in first[0] if launched not in second[0]])
     run = run_python(code, TRITON_INTERPRET="0")
     expected = {f"_{name}_kernel" for name in ("scores", "values", "dscores", "fwd", "dq", "dkdv", "dbias")}
     assert set(run.stdout.split()) >= expected, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about the interpreter")
+def test_threads_of_the_interpreter():
+    s = torch.randn(4, 1, 2, 8, 40)
+    expected = [attention_softmax(one) for one in s]
+    with ThreadPoolExecutor(4) as threads:
+        for ours, one in zip(threads.map(attention_softmax, s.repeat(5, 1, 1, 1, 1)), expected * 5, strict=True):
+            assert torch.equal(ours, one)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a machine without a GPU")
@@ -455,6 +469,63 @@ def test_gpu_causal_attention_on_two_streams():
                 outs.append(causal_step(q, k, v, do))
     torch.cuda.synchronize()
     assert all(torch.equal(*pair) for step in outs for pair in zip(step, expected, strict=True))
+
+
+def test_counters_lie_outside_of_any_memory_pool(monkeypatch):
+    """torch.cuda.use_mem_pool routes what its thread takes; a counter outlives the pool. One for each stream."""
+    stream, takers, zeros = [7], [], torch.zeros
+    monkeypatch.setattr(triton_attention_device, "_counters", {})
+    monkeypatch.setattr(triton_attention_device, "stream_of", lambda device: stream[0])
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kw: takers.append(threading.get_ident()) or zeros(*args, **kw))
+    cpu, counter = torch.device("cpu"), triton_attention_device.counter
+    with ThreadPoolExecutor(8) as threads:
+        made = set(threads.map(lambda _: counter(cpu).data_ptr(), range(100)))
+        assert made == {counter(cpu).data_ptr()} and len(takers) == 1
+    assert triton_attention_device.is_counter(*made)
+    stream[0] = 8
+    assert counter(cpu).data_ptr() not in made and len(takers) == 2 and threading.get_ident() not in takers
+    stream[0] = None  # captured in a graph: not kept
+    assert counter(cpu).data_ptr() != counter(cpu).data_ptr() or len(takers) == 4
+    assert takers[2:] == [threading.get_ident()] * 2 and len(triton_attention_device._counters) == 2
+
+
+@GPU
+def test_gpu_threads_streams_and_a_memory_pool(monkeypatch):
+    """Both passes in two threads at once, each on a stream of its own: in the first round as they are, then the first
+    thread in one memory pool after another, each of which is emptied; from the third call of a kind on, replays."""
+    monkeypatch.setattr(triton_attention_replay, "_records", {})
+    monkeypatch.setattr(triton_attention_device, "_counters", {})
+    shapes = [(4, 16, n, 64) for n in (2048, 1536)]
+    work = [[torch.randn(shape, device=DEVICE, dtype=BF16, requires_grad=True) for _ in range(4)] for shape in shapes]
+    with triton_attention_replay.off():
+        expected = [causal_step(*batch) for batch in work]
+    triton_attention_device._counters.clear()  # each stream's is made in a pool, or beside one
+    torch.cuda.synchronize()
+    together = threading.Barrier(2, timeout=300)
+
+    def steps(thread):
+        with torch.cuda.device(work[thread][0].device), torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                pool = torch.cuda.MemPool()
+                within = torch.cuda.use_mem_pool(pool) if thread == 0 else contextlib.nullcontext()
+                with within, torch.autograd.set_multithreading_enabled(False):  # backward in this thread and pool
+                    together.wait()
+                    outs = [causal_step(*work[thread]) for _ in range(4)]
+                right = all(torch.equal(*pair) for step in outs for pair in zip(step, expected[thread], strict=True))
+                used = len(pool.snapshot())
+                del outs
+                torch.cuda.current_stream().synchronize()
+                kept = [block for part in pool.snapshot() for block in part["blocks"] if block["state"] != "inactive"]
+                yield right, bool(used), kept
+                del pool
+
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(lambda thread: list(steps(thread)), range(2)))
+    assert results == [[(True, thread == 0, [])] * 3 for thread in range(2)]
+    records = triton_attention_replay._records.values()
+    assert any(isinstance(record, triton_attention_replay.Recording) for record in records)
+    if hopper("triton_attention_hopper", DEVICE):
+        assert len(triton_attention_device._counters) == 2
 
 
 @GPU

@@ -8,6 +8,8 @@
 import contextlib
 import functools
 import importlib
+import os
+import threading
 
 import numpy
 import torch
@@ -138,10 +140,17 @@ def empty_heads(like, *shape, dtype=None):
     return like.new_empty_strided(shape, strides, dtype=dtype)
 
 
+_interpreting = threading.RLock()  # Triton's interpreter replaces what triton.language has, for the whole process
+if hasattr(os, "register_at_fork"):  # a child has only the thread that forked: no other may be in a kernel then
+    os.register_at_fork(
+        before=_interpreting.acquire, after_in_parent=_interpreting.release, after_in_child=_interpreting.release
+    )
+
+
 def launch(kernel, programs, *args, device=None, **constants):
     """Run `programs` instances of a kernel on `device`, that of the first argument by default."""
     if INTERPRETED:
-        with numpy.errstate(all="ignore"):  # numpy warns of inf - inf, a GPU does not
+        with _interpreting, numpy.errstate(all="ignore"):  # numpy warns of inf - inf, a GPU does not
             return kernel[(programs,)](*args, **constants)
     if must_dispatch(args[:1]):
         kernel = torch.library.wrap_triton(kernel)
