@@ -74,7 +74,7 @@ def layer(dtype, batch, S, need_weights, seed, E):
     import torch
     from torch import nn
 
-    from triton_attention_launch import DEVICE
+    from triton_attention_device import DEVICE
     from triton_attention_layer import TritonMultiheadAttention
 
     (x,), H, dtype = benchmark_providers.inputs(seed, (batch, S, E), dtype, 1), 16, getattr(torch, dtype)

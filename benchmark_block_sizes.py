@@ -60,15 +60,17 @@ def chosen_tile(kernel, shape):
 
         tile = _row_tile(torch.empty(1, 1, S, S, dtype=dtype, device="meta"), causal)
         return tuned.Tile(tile["BLOCK_M"], tile["BLOCK_N"], 0, tile["num_warps"], 1)
+    from triton_attention_device import DEVICE
     from triton_attention_launch import tile_for
 
-    return tile_for(kernel.op, dtype, D, causal)
+    return tile_for(kernel.op, dtype, D, causal, DEVICE)
 
 
 def tiles(kernel, shape, sizes, full):
     """The tiles to try, the chosen one first; where its sizes are not among `sizes`, they join them."""
     import torch
 
+    from triton_attention_device import DEVICE
     from triton_attention_launch import tile_for
 
     chosen = chosen_tile(kernel, shape)
@@ -78,7 +80,7 @@ def tiles(kernel, shape, sizes, full):
             if kernel.op is None:
                 found += [chosen._replace(BLOCK_M=m, BLOCK_N=n, num_warps=0)] if (m, n) != chosen[:2] else []
                 continue
-            tile = tile_for(kernel.op, getattr(torch, shape[4]), shape[3], shape[5], m, n)
+            tile = tile_for(kernel.op, getattr(torch, shape[4]), shape[3], shape[5], DEVICE, m, n)
             registers = REGISTERS if tile.registers else [None]
             if full:
                 options = itertools.product(WARPS, STAGES, registers)
@@ -96,7 +98,7 @@ def name_of(tile):
 
 def limited(tile):
     """A tile has at most MAX_TILE elements, as check_blocks has it."""
-    from triton_attention_launch import MAX_TILE
+    from triton_attention_device import MAX_TILE
 
     elements = tile.BLOCK_M * tile.BLOCK_N
     if elements > MAX_TILE:
@@ -239,14 +241,16 @@ def save_winner(kernel, shape, winner, tile):
     """--save: the winner's row, for this GPU."""
     import torch
 
-    from triton_attention_launch import architecture, places_of
+    from triton_attention_device import DEVICE, architecture
+    from triton_attention_launch import places_of
     from triton_attention_tuned import TILES
 
     if kernel.op is None:
         return "the softmax has its tile from the length of a row: nothing to save"
     B, H, S, D, dtype, causal = shape
     there = {row[1] for row in TILES if row[0] == kernel.op}
-    place = [p for p in places_of(architecture()) if p == architecture() or p in there - {"any"}][-1]
+    arch = architecture(DEVICE)
+    place = [p for p in places_of(arch) if p == arch or p in there - {"any"}][-1]
     key = (kernel.op, place, getattr(torch, dtype).itemsize * 8, D, causal)
     gpu = torch.cuda.get_device_name()
     usual = (B, H, S, gpu) == (4, 16, 4096, "NVIDIA H200")

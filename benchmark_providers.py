@@ -41,7 +41,7 @@ def visible_pairs(S, causal, block_m=1, block_n=1):
 def inputs(seed, shape, dtype, number, grad=False):
     import torch
 
-    from triton_attention_launch import DEVICE
+    from triton_attention_device import DEVICE
 
     torch.manual_seed(seed)
     dtype = getattr(torch, dtype)

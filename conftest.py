@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import triton_attention_launch
-from triton_attention_launch import INTERPRETED
+from triton_attention_device import DEVICE, INTERPRETED
 
 if INTERPRETED:
     import strict_interpreter  # noqa: F401
@@ -36,7 +36,7 @@ def _hopper(request, monkeypatch):
         monkeypatch.setattr(triton_attention_launch, "_import", lambda module: None)
     if choice == "always":
         for name in ("triton_attention_scores_hopper", "triton_attention_hopper", "triton_attention_hopper_backward"):
-            kernels = triton_attention_launch.hopper(name)
+            kernels = triton_attention_launch.hopper(name, DEVICE)
             for limit in ("SMALLEST", "FEWEST"):
                 if hasattr(kernels, limit):
                     monkeypatch.setattr(kernels, limit, 0)

@@ -19,7 +19,7 @@ from testing import (
     randn, staged, torch_fused, torch_scores, torch_softmax, torch_staged, torch_values, torch_visible,
 )
 from triton_attention_fused import MAX_HEAD_DIM, attention_fused, merge_attention
-from triton_attention_launch import describe_device
+from triton_attention_device import describe_device
 from triton_attention_layer import attention_staged
 from triton_attention_scores import attention_scores
 from triton_attention_softmax import attention_softmax

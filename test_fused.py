@@ -138,7 +138,7 @@ def test_dropout_is_that_of_the_stages(dropout_p):
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU all of float32 is in parts")
 def test_float32_in_parts(monkeypatch):
     """The way of float32 on tensor cores, without the rounding of its parts: which tiles, where from, what of NaN."""
-    monkeypatch.setattr(triton_attention_fused_backward, "dot_precision", lambda dtype: "bf16x6")
+    monkeypatch.setattr(triton_attention_fused_backward, "dot_precision", lambda dtype, device: "bf16x6")
     for window, softcap, with_sinks, is_causal in [(None, None, False, False), *FEATURES[2:5]]:
         q, k, v = randn(2, 4, 40, 24), randn(2, 2, 50, 24), randn(2, 2, 50, 40)
         options = {"window_size": window or (-1, -1), "softcap": softcap or 0.0, "is_causal": is_causal}

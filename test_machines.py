@@ -1,15 +1,20 @@
 """What depends on the machine: imports without a GPU, compiling for GPUs that are not here, what only a GPU shows."""
 
+import contextlib
+import gc
 import itertools
 import os
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import emulate_hopper
+import triton_attention_device
 import triton_attention_fused_backward
 import triton_attention_hopper
 import triton_attention_replay
@@ -21,6 +26,7 @@ from triton_attention_fused import attention_fused
 from triton_attention_launch import hopper
 from triton_attention_layer import TritonMultiheadAttention, attention_staged
 from triton_attention_scores import attention_scores
+from triton_attention_softmax import attention_softmax
 from triton_attention_values import attention_values
 
 
@@ -32,6 +38,157 @@ def test_interpreter_whatever_was_imported_first(first):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, env=env, timeout=300)
     assert "0.2500, 0.2500" in run.stdout, run.stderr
+
+
+IMPORT = """
+import ctypes, os, torch, traceback
+(gpus, cuda, driver), groups = {machine}, {groups}
+def touched(*args, **kwargs):
+    raise AssertionError("CUDA was touched")
+class Driver:
+    def cuDriverGetVersion(self, pointer):
+        pointer._obj.value = driver
+        return 0
+load = ctypes.CDLL
+ctypes.CDLL = lambda name, *args, **kwargs: Driver() if name == "libcuda.so.1" else load(name, *args, **kwargs)
+for name in ("_cuda_getDeviceCount", "_cuda_init"):
+    if hasattr(torch._C, name):
+        setattr(torch._C, name, touched)
+torch.cuda._lazy_init = torch.cuda.is_available = touched
+torch.cuda.device_count = lambda: gpus
+torch.version.cuda = cuda
+os.environ.pop("TRITON_INTERPRET", None)
+for group in groups:
+    if os.fork() == 0:
+        try:
+            for name in group:
+                members = vars(__import__(name)).values()
+                import triton
+                compiles = any(type(value) is triton.runtime.jit.JITFunction for value in members)
+                print(name, triton.knobs.runtime.interpret, compiles, flush=True)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.wait()
+"""
+MODULES = sorted(path.stem for path in HERE.glob("triton_attention_*.py"))
+TILES = [["triton_attention_tiles"]]
+
+
+@pytest.mark.parametrize("machine,interprets,groups", [  # (GPUs, CUDA of this PyTorch, CUDA of the driver); who is
+    ((0, None, 0), True, [[name] for name in MODULES if "tuned" not in name]), ((1, None, 0), False, [MODULES]),
+    ((1, "13.0", 12080), True, TILES), ((1, "13.1", 13000), False, TILES),  # imported in one process
+], ids=["no GPU", "GPU", "old driver", "driver"])
+def test_each_module_chooses_the_mode_and_leaves_cuda_alone(machine, interprets, groups):
+    """Whichever is imported first; a driver that is too old for this PyTorch is no GPU."""
+    run = run_python(IMPORT.format(machine=machine, groups=groups))
+    found = {name: answer for name, *answer in map(str.split, run.stdout.splitlines())}
+    assert list(found) == sum(groups, []), run.stderr
+    for name, (interpreted, compiles) in found.items():
+        assert interpreted == str(interprets) and not (interprets and compiles == "True"), name
+    assert interprets or found["triton_attention_tiles"][1] == "True"
+
+
+def test_a_gpu_that_is_gone():
+    code = "import torch\ntorch.version.cuda, torch.cuda.device_count = None, lambda: 1\n"
+    code += "import os\nos.environ.pop('TRITON_INTERPRET', None)\n"
+    code += "from triton_attention_scores import attention_scores\n"
+    code += "torch.cuda.device_count = lambda: 0\nx = torch.zeros(1, 1, 2, 4)\nattention_scores(x, x)"
+    errors = run_python(code).stderr
+    assert "ValueError: the kernels were chosen for a GPU when they were imported, and no GPU is visible now" in errors
+
+
+@GPU
+def test_gpu_is_left_alone_by_imports():
+    """Afterwards a forked process may use CUDA, and sees the GPUs that CUDA_VISIBLE_DEVICES then names."""
+    code = f"""
+import os, sys, traceback, torch
+for name in {MODULES}:
+    __import__(name)
+assert not torch.cuda.is_initialized()
+from triton_attention_fused import attention_fused
+visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+for choice in (visible, visible.split(",")[-1], ""):
+    if os.fork() == 0:
+        try:
+            os.environ["CUDA_VISIBLE_DEVICES"] = choice
+            assert torch.cuda.device_count() == len(choice.split(",")) * bool(choice)
+            x = torch.zeros(1, 1, 20, 16, device="cuda" if choice else "cpu")
+            print(attention_fused(x, x, x).sum().item(), torch._C._cuda_getDeviceCount(), flush=True)
+        except ValueError as error:
+            print(error, flush=True)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.wait()
+"""
+    run = run_python(code)
+    lines, number = run.stdout.splitlines(), torch.cuda.device_count()
+    assert lines[:2] == [f"0.0 {number}", "0.0 1"] and "no GPU is visible now" in lines[2], run.stdout + run.stderr
+
+
+def test_each_device_has_its_own_architecture():
+    """What is launched on one of two GPUs does not depend on the other, or on which is the current one."""
+    code = """
+import importlib, types, torch
+import triton_attention_device, triton_attention_launch
+gpus, launched, number, empty = [], [], 0, torch.empty
+class On(torch.Tensor):
+    device = property(lambda self: torch.device("cuda", number))
+def touched(*args):
+    raise AssertionError("the current GPU was asked")
+torch.cuda.current_device = touched
+torch.empty = lambda *args, device=None, **kwargs: empty(*args, **kwargs)
+torch.cuda.get_device_capability = lambda number: gpus[number]
+torch.cuda.get_device_properties = lambda number: types.SimpleNamespace(multi_processor_count=10 * gpus[number][0])
+names = ("scores", "values", "backward", "fused", "fused_backward", "fused_bias", "merge", "parts")
+modules = [importlib.import_module(f"triton_attention_{name}") for name in names]
+for module in modules:
+    module.launch = lambda kernel, programs, *args, device=None, **constants: launched.append(
+        (kernel.fn.__name__, programs, {key: str(value) for key, value in constants.items()}))
+scores, values, backward, fused, fused_backward, fused_bias = modules[:6]
+def launches(of, *capabilities):
+    global number
+    number, gpus[:] = of, capabilities
+    launched.clear()
+    triton_attention_device._architecture.cache_clear()
+    triton_attention_device._processors.cache_clear()
+    for dtype in (torch.bfloat16, torch.float32):
+        q = torch.empty(1, 2, 256, 128, dtype=dtype).as_subclass(On)
+        s, lse = q.new_empty(1, 2, 256, 256), q.new_empty(1, 2, 256, dtype=torch.float32)
+        stats, record, scalars = lse.new_empty(1, 2, 256, 2), lse.new_empty(1, 2, 256, 4), (0.1, 0.0, 0.0)
+        few = q[:, :, :20], q.repeat(1, 1, 16, 1), q.repeat(1, 1, 16, 1)
+        for op, *arguments in (
+            (scores.scores_op, q, q, 0.1, 0, None, None, None),
+            (values.values_op, s, q, 0, 2, False, 1.0, dtype, None, None),
+            (backward.dscores_op, q.half(), q.float(), q.half(), s.half(), 0),
+            (fused.fused_op, *few, None, None, None, *scalars, None, None, None, None),
+            (fused_backward.fused_backward_op, q, None, q, q, q, s, None, None, q, lse, stats, *scalars, None, 0),
+            (fused_bias.fused_bias_gradient_op, q, q, q, q, s, None, record, s.shape, dtype, *scalars, None, None),
+        ):
+            op.__wrapped__(*arguments)
+    hopper = triton_attention_launch.hopper("triton_attention_hopper", q.device)
+    return launched.copy(), hopper is not None
+old, new = (8, 0), (9, 0)
+first, second = launches(0, new, old), launches(1, new, old)
+assert first == launches(0, new, new) and second == launches(1, old, old)
+assert (first[1], second[1]) == (True, False)
+print(*[launched[0] for launched in first[0] if launched not in second[0]])
+"""
+    run = run_python(code, TRITON_INTERPRET="0")
+    expected = {f"_{name}_kernel" for name in ("scores", "values", "dscores", "fwd", "dq", "dkdv", "dbias")}
+    assert set(run.stdout.split()) >= expected, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about the interpreter")
+def test_threads_of_the_interpreter():
+    s = torch.randn(4, 1, 2, 8, 40)
+    expected = [attention_softmax(one) for one in s]
+    with ThreadPoolExecutor(4) as threads:
+        for ours, one in zip(threads.map(attention_softmax, s.repeat(5, 1, 1, 1, 1)), expected * 5, strict=True):
+            assert torch.equal(ours, one)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a machine without a GPU")
@@ -49,8 +206,7 @@ def test_cpu_tensors_in_a_compiling_process_are_refused():
 ])
 def test_float32_precision_by_either_interface(setting, tf32):
     """torch.get_float32_matmul_precision() raises an error after some of them."""
-    code = f"import torch\ntorch.{setting}\nfrom triton_attention_launch import DEVICE\n"
-    code += "from triton_attention_replay import allows_tf32\n"
+    code = f"import torch\ntorch.{setting}\nfrom triton_attention_device import DEVICE, allows_tf32\n"
     code += "from triton_attention_scores import attention_scores\n"
     code += "q = torch.ones(1, 1, 2, 4, device=DEVICE)\n"
     code += "print(allows_tf32(), attention_scores(q, q)[0, 0, 0, 0].item())"
@@ -104,10 +260,10 @@ def test_gpu_many_heads_and_large_tensors():
     assert (out[:, 1:, rows] - exact[0]).abs().max() < 2e-3 and (probs[:, 1:, rows] - exact[1]).abs().max() < 1e-4
 
 
-@pytest.mark.skipif(hopper("triton_attention_scores_hopper") is None, reason="needs a Hopper GPU")
+@pytest.mark.skipif(hopper("triton_attention_scores_hopper", DEVICE) is None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
 def test_gpu_scores_hopper(dtype):
-    kernels = hopper("triton_attention_scores_hopper")
+    kernels = hopper("triton_attention_scores_hopper", DEVICE)
     shapes = [(1, 1, 1, 1, 8, 8), (2, 4, 2, 300, 328, 64), (1, 6, 2, 65, 1000, 40), (1, 2, 2, 1100, 520, 128)]
     for B, H, Hk, M, N, D in shapes:
         q = torch.randn(B, M, H, D, device=DEVICE, dtype=dtype).transpose(1, 2)
@@ -180,16 +336,16 @@ def test_hopper_repair(left, right, block_m, block_d):
     assert torch.allclose(o, expected, atol=1e-5, equal_nan=True) and torch.allclose(lse, expected_lse)
 
 
-@pytest.mark.skipif(hopper("triton_attention_hopper") is None, reason="needs a Hopper GPU")
+@pytest.mark.skipif(hopper("triton_attention_hopper", DEVICE) is None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(
     "D,Dv,long", [(64, 64, 4096), (64, 64, 0), (128, 128, 4096), (40, 64, 4096), (96, 8, 4096), (256, 160, 4096)]
 )
 def test_gpu_fused_hopper(D, Dv, long, monkeypatch):
     used = []
     for name in ("LONG", "ENOUGH"):
-        monkeypatch.setattr(hopper("triton_attention_hopper"), name, long)
+        monkeypatch.setattr(hopper("triton_attention_hopper", DEVICE), name, long)
     for name in ("forward", "backward"):
-        kernels = hopper("triton_attention_hopper" + ("_backward" if name == "backward" else ""))
+        kernels = hopper("triton_attention_hopper" + ("_backward" if name == "backward" else ""), DEVICE)
         monkeypatch.setattr(kernels, "SMALLEST", 0)
         monkeypatch.setattr(kernels, "FEWEST", 0)
         run = getattr(kernels, name)
@@ -225,11 +381,11 @@ def test_gpu_fused_hopper(D, Dv, long, monkeypatch):
     assert not used
 
 
-@pytest.mark.skipif(hopper("triton_attention_hopper_backward") is None, reason="needs a Hopper GPU")
+@pytest.mark.skipif(hopper("triton_attention_hopper_backward", DEVICE) is None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("D", (64, 128))
 def test_gpu_fused_hopper_gradients(D, monkeypatch):
     """Many programs add to a dQ, in order; an expanded gradient, a misaligned one; sinks; NaN in hidden keys."""
-    kernels, used = hopper("triton_attention_hopper_backward"), []
+    kernels, used = hopper("triton_attention_hopper_backward", DEVICE), []
     backward = kernels.backward
     monkeypatch.setattr(kernels, "FEWEST", 0)
     monkeypatch.setattr(kernels, "L2", 1 << 23)  # several sections of heads, of which the last is unlike the others
@@ -343,6 +499,64 @@ def test_gpu_causal_attention_on_two_streams():
                 outs.append(causal_step(q, k, v, do))
     torch.cuda.synchronize()
     assert all(torch.equal(*pair) for step in outs for pair in zip(step, expected, strict=True))
+
+
+def test_counters_lie_outside_of_any_memory_pool(monkeypatch):
+    """torch.cuda.use_mem_pool routes what its thread takes; a counter outlives the pool. One for each stream."""
+    stream, takers, zeros = [7], [], torch.zeros
+    monkeypatch.setattr(triton_attention_device, "_counters", {})
+    monkeypatch.setattr(triton_attention_device, "stream_of", lambda device: stream[0])
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kw: takers.append(threading.get_ident()) or zeros(*args, **kw))
+    cpu, counter = torch.device("cpu"), triton_attention_device.counter
+    with ThreadPoolExecutor(8) as threads:
+        made = set(threads.map(lambda _: counter(cpu).data_ptr(), range(100)))
+        assert made == {counter(cpu).data_ptr()} and len(takers) == 1
+    assert triton_attention_device.is_counter(*made)
+    stream[0] = 8
+    assert counter(cpu).data_ptr() not in made and len(takers) == 2 and threading.get_ident() not in takers
+    stream[0] = None  # captured in a graph: not kept
+    assert counter(cpu).data_ptr() != counter(cpu).data_ptr() or len(takers) == 4
+    assert takers[2:] == [threading.get_ident()] * 2 and len(triton_attention_device._counters) == 2
+
+
+@GPU
+def test_gpu_threads_streams_and_a_memory_pool(monkeypatch):
+    """Both passes in two threads at once, each on a stream of its own; the first takes its memory from one pool after
+    another, where nothing may be left. From the third call of a thread on they are replays."""
+    monkeypatch.setattr(triton_attention_replay, "_records", {})
+    monkeypatch.setattr(triton_attention_device, "_counters", {})
+    shapes = [(4, 16, n, 64) for n in (2048, 1536)]
+    work = [[torch.randn(shape, device=DEVICE, dtype=BF16, requires_grad=True) for _ in range(4)] for shape in shapes]
+    with triton_attention_replay.off():
+        expected = [[t.detach() for t in causal_step(*batch)] for batch in work]
+    triton_attention_device._counters.clear()  # each stream's is made in a pool, or beside one
+    torch.cuda.synchronize()
+    together = threading.Barrier(2, timeout=300)
+
+    def steps(thread):
+        with torch.cuda.device(work[thread][0].device), torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                pool = torch.cuda.MemPool()
+                within = torch.cuda.use_mem_pool(pool) if thread == 0 else contextlib.nullcontext()
+                with within, torch.autograd.set_multithreading_enabled(False):  # backward in this thread and pool
+                    together.wait()
+                    outs = [causal_step(*work[thread]) for _ in range(4)]
+                right = all(torch.equal(*pair) for step in outs for pair in zip(step, expected[thread], strict=True))
+                used = len(pool.snapshot())
+                del outs
+                gc.collect()
+                blocks = [block for part in pool.snapshot() for block in part["blocks"]]
+                kept = [block for block in blocks if block["state"] == "active_allocated"]
+                yield right, bool(used), kept
+                del pool
+
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(lambda thread: list(steps(thread)), range(2)))
+    assert results == [[(True, thread == 0, [])] * 3 for thread in range(2)]
+    records = triton_attention_replay._records.values()
+    assert any(isinstance(record, triton_attention_replay.Recording) for record in records)
+    if hopper("triton_attention_hopper", DEVICE):
+        assert len(triton_attention_device._counters) == 2
 
 
 @GPU

@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +37,7 @@ class Doubling:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(replay, "_here", lambda device: True)
+    monkeypatch.setattr(replay, "is_current", lambda device: True)
     monkeypatch.setattr(replay, "_records", {})
     return Doubling()
 
@@ -172,6 +173,16 @@ def test_off_and_threads(kernel):
     thread.start()
     thread.join()
     assert kernel.launches[4:] == ["full", "full", "replay", "replay"]
+
+
+def test_threads_record_and_forget_at_once(kernel, monkeypatch):
+    monkeypatch.setattr(replay, "_MOST", 3)
+    launcher = launcher_of(kernel)
+    xs = [torch.randn(n) for n in (4, 5, 6, 7) * 40]
+    with ThreadPoolExecutor(8) as threads:
+        for out, x in zip(threads.map(lambda x: run(launcher, x, x, x)[2], xs), xs, strict=True):
+            assert torch.equal(out, 2 * x)
+    assert len(replay._records) <= 3 + 8 and "replay" in kernel.launches
 
 
 def test_forgets_when_full(kernel, monkeypatch):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from triton_attention_device import DEVICE, INTERPRETED
 from triton_attention_fused import attention_fused
-from triton_attention_launch import DEVICE, INTERPRETED
 from triton_attention_layer import attention_staged
 from triton_attention_scores import attention_scores
 from triton_attention_softmax import attention_softmax

@@ -12,6 +12,8 @@ dP - rowsum(dO * O) loses digits that dP - rowsum(P * dP) keeps.
 """
 
 import torch
+
+import triton_attention_device  # noqa: F401  before triton: it chooses the mode
 import triton
 import triton.language as tl
 
@@ -80,15 +82,15 @@ def dscores_op(
     (B, H, M, N), D, ds = probs.shape, int(v.shape[3]), probs.new_empty(probs.shape)
     if ds.numel() == 0:
         return ds
-    tile = tile_for("dscores", probs.dtype, D, diagonal is not None)
+    tile = tile_for("dscores", probs.dtype, D, diagonal is not None, probs.device)
     programs = B * H * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N * tile.SPAN)
     launch(
         _dscores_kernel, programs,
         do, *do.stride(), o, *o.stride(), v, *v.stride(), probs, *probs.stride(), ds, *ds.stride(),
         H, H // v.shape[1], M, N, diagonal or 0,
-        D=D, CAUSAL=diagonal is not None, PRECISION=dot_precision(probs.dtype),
+        D=D, CAUSAL=diagonal is not None, PRECISION=dot_precision(probs.dtype, probs.device),
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=min(tile.BLOCK_D, max(16, triton.next_power_of_2(D))),
-        SPAN=tile.SPAN, **compile_options(tile),
+        SPAN=tile.SPAN, **compile_options(tile, probs.device),
     )
     return ds
 

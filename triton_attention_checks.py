@@ -13,7 +13,7 @@ import sys
 import torch
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from triton_attention_launch import INTERPRETED, MAX_TILE
+from triton_attention_device import INTERPRETED, MAX_TILE, gone
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -35,6 +35,11 @@ def check_tensors(**tensors):
         if t.device != first.device:
             raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {t.device}")
     if not INTERPRETED and first.device.type == "cpu":
+        if gone():
+            raise ValueError(
+                "the kernels were chosen for a GPU when they were imported, and no GPU is visible now: set "
+                "CUDA_VISIBLE_DEVICES before the import, or TRITON_INTERPRET=1 to have them interpreted on the CPU"
+            )
         raise ValueError(
             f"{first_name} is on the CPU, but this process compiles its kernels for a GPU: move the tensors there, "
             "or run them interpreted, in a process started with TRITON_INTERPRET=1"

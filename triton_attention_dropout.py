@@ -8,10 +8,12 @@ Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfi
 """
 
 import torch
+
+from triton_attention_device import INTERPRETED  # before triton: it chooses the mode
 import triton
 import triton.language as tl
 
-from triton_attention_launch import INTERPRETED, define_op, differentiate, launch
+from triton_attention_launch import define_op, differentiate, launch
 from triton_attention_tiles import head_ptr, keep_mask, load_tile, split_program, store_tile
 
 

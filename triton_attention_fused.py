@@ -19,6 +19,8 @@ Exponentials are base 2 inside, one instruction on a GPU; log2(e) is folded into
 import math
 
 import torch
+
+from triton_attention_device import DEVICE, INTERPRETED, processors  # before triton: it chooses the mode
 import triton
 import triton.language as tl
 
@@ -29,11 +31,11 @@ from triton_attention_checks import (
 from triton_attention_fused_backward import FEW_QUERIES, fused_arguments, fused_backward_op, paired
 from triton_attention_fused_bias import fused_bias_gradient_op
 from triton_attention_launch import (
-    DEVICE, INTERPRETED, compile_options, define_op, differentiate, empty_heads, fold, hopper, launch, must_dispatch,
+    compile_options, define_op, differentiate, empty_heads, fold, hopper, launch, must_dispatch,
     replayable, tile_for, unfold,
 )
 from triton_attention_logits import exponential, key_range, logits, lowest, steps, store_pair
-from triton_attention_merge import count_splits, merge_attention, merge_splits, processors  # noqa: F401  public here
+from triton_attention_merge import count_splits, merge_attention, merge_splits  # noqa: F401  public here
 from triton_attention_parts import in_parts
 from triton_attention_tiles import (
     head_ptr, inverse_sum, keep_mask, load_parts, product, rows_dot, signed, split_program, store_tile, whole,
@@ -219,7 +221,7 @@ def fused_op(
         return outputs
     plain = mask is None and sinks is None and seed is None and softcap == 0.0 and block_m is None and block_n is None
     if plain and k.shape[2] > 0 and not must_dispatch((q, k, v)):  # torch.compile gets the plain kernel
-        kernels = hopper("triton_attention_hopper")
+        kernels = hopper("triton_attention_hopper", q.device)
         if kernels and kernels.applies(q, k, v, o, scale, processors(q.device)):
             kernels.forward(q, k, v, o, lse, scale, left, right, processors(q.device))
             return outputs
@@ -237,7 +239,7 @@ def fused_op(
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     width = max(constants["D"], constants["DV"])
     op = ("fused few" if M <= FEW_QUERIES else "fused") + ("" if mask is None else ", masked")
-    tile = tile_for(op, q.dtype, width, right is not None, block_m, block_n)
+    tile = tile_for(op, q.dtype, width, right is not None, q.device, block_m, block_n)
     programs = B * H * triton.cdiv(M, tile.BLOCK_M)
     splits = count_splits(programs, N, tile.BLOCK_N, q.device)
     chunk = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
@@ -251,7 +253,7 @@ def fused_op(
         q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, *mask_strides, sinks, *sinks_strides,
         part, *part.stride(), lse, part_stats, seed, *scalars, H, H // Hk, M, N, left or 0, right or 0, chunk,
         **constants, HAS_SINKS=sinks is not None, SPLIT=splits > 1, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-        FEW=tile.BLOCK_M if INTERPRETED else 16, **compile_options(tile),
+        FEW=tile.BLOCK_M if INTERPRETED else 16, **compile_options(tile, q.device),
     )
     if splits > 1:
         merge_splits(part, part_stats, o, lse, stats, *(constants[name] for name in ("PAIRED", "DV", "BLOCK_DV")))

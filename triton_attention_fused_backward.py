@@ -16,14 +16,15 @@ Dao et al., "FlashAttention", 2022, appendix B; Dao, "FlashAttention-2", 2023, s
 """
 
 import torch
+
+from triton_attention_device import INTERPRETED, processors  # before triton: it chooses the mode
 import triton
 import triton.language as tl
 
 from triton_attention_launch import (
-    INTERPRETED, compile_options, define_op, dot_precision, hopper, launch, must_dispatch, tile_for,
+    compile_options, define_op, dot_precision, hopper, launch, must_dispatch, tile_for,
 )
 from triton_attention_logits import exponential, key_range, load_pair, logits, query_range, steps, store_pair
-from triton_attention_merge import processors
 from triton_attention_parts import in_parts
 from triton_attention_tiles import (
     dot, head_ptr, inverse_sum, keep_mask, load_parts, load_tile, map_finite, product, rows_dot, signed, split_program,
@@ -359,7 +360,7 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
         "D": D, "DV": DV, "SIGN": sign, "LEFT": left is not None, "RIGHT": right is not None, "HAS_MASK": has_mask,
         "HAS_BIAS": has_bias, "SOFTCAP": softcap, "SCALED": scaled,
         "DROPOUT": dropout_p > 0.0, "PAIRED": exact(q.dtype) or has_bias, "EXACT": exact(q.dtype),
-        "PRECISION": dot_precision(q.dtype),
+        "PRECISION": dot_precision(q.dtype, q.device),
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "BLOCK_DV": max(narrowest, triton.next_power_of_2(DV)),
     }
@@ -390,7 +391,7 @@ def fused_backward_op(
     lse, stats = lse.contiguous(), stats.contiguous()  # which vmap may have expanded
     dlse = None if dlse is None else dlse.contiguous()
     if mask is None and seed is None and softcap == 0.0 and not must_dispatch((q, k, v)):
-        kernels = hopper("triton_attention_hopper_backward")
+        kernels = hopper("triton_attention_hopper_backward", q.device)
         if kernels and kernels.applies(q, k, v, scale, left, right, processors(q.device)):
             kernels.backward(
                 do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right, processors(q.device)
@@ -401,7 +402,7 @@ def fused_backward_op(
     variant = ", few" if M <= FEW_QUERIES else variant
     dtype = q.dtype
     do, q, k, v = in_parts(constants["PRECISION"], do, q, k, v)
-    tile = tile_for(f"fused dq{variant}", dtype, width, right is not None)
+    tile = tile_for(f"fused dq{variant}", dtype, width, right is not None, q.device)
     launch(
         _dq_kernel, B * H * triton.cdiv(M, tile.BLOCK_M),
         do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(), mask, *mask_strides,
@@ -409,16 +410,16 @@ def fused_backward_op(
         lse, stats, dlse, record, dq, *dq.stride(),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
         **constants, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-        **compile_options(tile),
+        **compile_options(tile, q.device),
     )
-    tile = tile_for(f"fused dkdv{variant}", dtype, width, right is not None)
+    tile = tile_for(f"fused dkdv{variant}", dtype, width, right is not None, q.device)
     launch(
         _dkdv_kernel, B * Hk * triton.cdiv(N, tile.BLOCK_N),
         do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, *mask_strides,
         record, dk, *dk.stride(), dv, *dv.stride(),
         seed, *scalars, H, M, N, left or 0, right or 0,
         GROUP=H // Hk, **constants, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-        **compile_options(tile),
+        **compile_options(tile, q.device),
     )
     if dtype == torch.float64:
         dq *= scale

@@ -7,6 +7,8 @@
 """
 
 import torch
+
+import triton_attention_device  # noqa: F401  before triton: it chooses the mode
 import triton
 import triton.language as tl
 
@@ -107,7 +109,7 @@ def fused_bias_gradient_op(
         del constants[flag]
     dtype = q.dtype
     do, q, k, v = in_parts(constants["PRECISION"], do, q, k, v)
-    tile = tile_for("fused dbias", dtype, max(constants["D"], constants["DV"]), False)
+    tile = tile_for("fused dbias", dtype, max(constants["D"], constants["DV"]), False, q.device)
     sums = [size == 1 for size in shape]
     launch(
         _dbias_kernel, shape[0] * shape[1] * triton.cdiv(shape[2], tile.BLOCK_M) * triton.cdiv(shape[3], tile.BLOCK_N),
@@ -115,6 +117,6 @@ def fused_bias_gradient_op(
         record, dbias, *dbias.stride(),
         seed, *scalars, B, H, H // Hk, M, N, left or 0, right or 0, *shape[1:],
         **constants, SUM_B=sums[0], SUM_H=sums[1], SUM_M=sums[2], SUM_N=sums[3],
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile),
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile, q.device),
     )
     return dbias

@@ -31,7 +31,7 @@ so that K and V stay in L2: at S 512, D 128 254 -> 300 TFLOP/s.
 O is scaled only where the exponentials of a row have outgrown its maximum by a factor of 256 since the last time; else
 a warp jumps over it, and weights up to 256 do no harm, as FlashAttention-4 found on Blackwell. That was the largest
 single gain: 5 to 8 % at D 128, 3 to 6 % at D 64. A causal call is one launch: the counter is left at zero for the next
-(counter in triton_attention_replay.py; a CUDA graph zeroes its own), and NaN in hidden values is found and repaired
+(counter in triton_attention_device.py; a CUDA graph zeroes its own), and NaN in hidden values is found and repaired
 within, by what is described in triton_attention_hopper_mask.py.
 
 The softmax is in triton_attention_hopper_softmax.py. A ring's place is released at a named barrier, where a warp says
@@ -62,6 +62,8 @@ Shah et al., "FlashAttention-3", 2024, for warp specialisation and the order of 
 import functools
 
 import torch
+
+from triton_attention_device import TRITON, counter  # before triton: it chooses the mode
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -71,11 +73,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_attention_hopper_mask import ROWS, close_log, edges, half, hide, key_tiles, open_log, repair, write_down
 from triton_attention_hopper_softmax import LOWEST, along, exponentials, halves, joined, maxima, row_sums
-from triton_attention_launch import TRITON, launch, tile_for
+from triton_attention_launch import launch, tile_for
 from triton_attention_ptx import (
     arrive_at, inline, mark_nan, meet_at, opaque, program, rescale, take_number, uniform, written,
 )
-from triton_attention_replay import counter
 from triton_attention_tma import describe, load_async, readable, store_async
 
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
@@ -478,7 +479,7 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
     banded = left is not None or right is not None
     long = left is None and min(M, N) >= (2 * LONG if banded else LONG)
     long = long and B * H * triton.cdiv(M, 3 * ROWS.value) >= ENOUGH * processors
-    tile = tile_for("fused hopper, long" if long else "fused hopper", q.dtype, max(D, DV), banded)
+    tile = tile_for("fused hopper, long" if long else "fused hopper", q.dtype, max(D, DV), banded, q.device)
     row_tiles, warpgroups = triton.cdiv(M, tile.BLOCK_M), tile.BLOCK_M // ROWS.value
     items = B * H * row_tiles
     registers = (1 << 16) // (128 * (warpgroups + 1)) // 8 * 8  # of a thread, before they are dealt out

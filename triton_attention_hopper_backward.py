@@ -48,6 +48,8 @@ Shah et al., "FlashAttention-3", 2024, for one walk with warp specialisation; Fl
 """
 
 import torch
+
+from triton_attention_device import TRITON, counter  # before triton: it chooses the mode
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -56,9 +58,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention_hopper_queries import finish, prepare
-from triton_attention_launch import TRITON, launch, tile_for
+from triton_attention_launch import launch, tile_for
 from triton_attention_ptx import arrive_at, barrier, inline, meet_at, opaque, publish, spin_until, take_number, uniform
-from triton_attention_replay import counter
 from triton_attention_tma import add_async, describe, describe_rows, load_async, readable, store_async
 
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
@@ -476,7 +477,7 @@ def applies(q, k, v, scale, left, right, processors):
 def backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right, processors):
     """Fill dq, dk, dv and record, see fused_backward_op in triton_attention_fused_backward.py; for what applies()."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
-    tile = tile_for("fused backward hopper", q.dtype, max(D, DV), right is not None)
+    tile = tile_for("fused backward hopper", q.dtype, max(D, DV), right is not None, q.device)
     if left is None and right is None and (N % KEYS.value or M % tile.BLOCK_M):
         right = N  # nothing more is hidden, but what is past the last key; and 0 * inf past the last query is no NaN
     own_q, factor = (-q, -scale) if scale < 0.0 else (q, scale)  # the kernel knows positive ones

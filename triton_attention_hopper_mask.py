@@ -12,6 +12,7 @@ When a program has no tiles left, its first four warps walk back through its log
 finite values of V first, then who sees one that is not. No second launch, and nothing to wait for if nothing is marked.
 """
 
+import triton_attention_device  # noqa: F401  before triton: it chooses the mode
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (

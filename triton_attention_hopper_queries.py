@@ -7,6 +7,8 @@ Both are limited by memory: at S 2048, D 64 they take 6 % of the time of a backw
 """
 
 import torch
+
+import triton_attention_device  # noqa: F401  before triton: it chooses the mode
 import triton
 import triton.language as tl
 

@@ -13,6 +13,7 @@ included, see triton_attention_hopper.py). With those of three it does one row a
 computed by halves, and both before the exponentials of the first (D 64 12 %). Sums across threads at the end: 2 %.
 """
 
+import triton_attention_device  # noqa: F401  before triton: it chooses the mode
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 

@@ -1,69 +1,25 @@
-"""What the host does around a kernel: interpreter or GPU, operators, tiles.
+"""What the host does around a kernel: operators, launches, tiles.
 
     public function      check_* (triton_attention_checks.py) -> differentiate(Function, ...)
     Function.forward     the operator (define_op): opaque to the interpreter, transparent to torch.compile
     operator body        tile_for -> launch(kernel, grid, ...)
-
-Import order does not matter: without a GPU this module turns Triton's interpreter on, also when Triton
-was imported before it.
 """
 
 import contextlib
 import functools
 import importlib
 import os
-import sys
+import threading
 
 import numpy
 import torch
+from torch._functorch.utils import unwrap_dead_wrappers
 
-_TRUE = ("1", "true", "on", "yes", "y")
+from triton_attention_device import DEVICE, INTERPRETED, TRITON, allows_tf32, architecture  # before triton
+from triton.runtime.errors import OutOfResources
 
-
-def _enable_interpreter():
-    """Switch TRITON_INTERPRET on where there is no GPU; an explicit 0 or 1 wins."""
-    if os.environ.get("TRITON_INTERPRET") is None:
-        if torch.cuda.is_available() or torch.xpu.is_available():
-            return
-        os.environ["TRITON_INTERPRET"] = "1"
-    if os.environ["TRITON_INTERPRET"].lower() not in _TRUE or "triton.language" not in sys.modules:
-        return
-    # Triton decides at import whether its own helpers (tl.sum, tl.max, ...) are compiled functions; when
-    # torch.compile or transformers imported it first, they are, and an interpreted kernel cannot call them
-    import triton
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
-
-    modules = [module for name, module in list(sys.modules.items()) if name.startswith("triton.language")]
-    for module in [*modules, tl.tensor, triton]:
-        for name, value in list(vars(module).items()):
-            if isinstance(value, JITFunction):
-                setattr(module, name, InterpretedFunction(value.fn))
-
-
-_enable_interpreter()
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c in one rounding, whatever Triton's default becomes
-
-import triton  # noqa: E402  the interpreter must be on first
-from torch._functorch.utils import unwrap_dead_wrappers  # noqa: E402
-from triton.runtime.errors import OutOfResources  # noqa: E402
-
-import triton_attention_tuned as tuned  # noqa: E402
-from triton_attention_replay import allows_tf32, note, off, recording, replayed  # noqa: E402
-
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
-TRITON = tuple(int(x) for x in triton.__version__.split(".")[:2])
-MAX_TILE = 1 << 20 if INTERPRETED else 1 << 16  # elements: Triton's own limit, and the registers of a multiprocessor
-
-
-def describe_device():
-    """One line for scripts: what the kernels run on."""
-    if INTERPRETED:
-        return f"Triton {triton.__version__} interpreter on the CPU (no GPU: results are real, times mean nothing)"
-    return f"Triton {triton.__version__} on {torch.cuda.get_device_name() if DEVICE.type == 'cuda' else DEVICE}"
-
+import triton_attention_tuned as tuned
+from triton_attention_replay import note, off, recording, replayed
 
 # ---- operators
 
@@ -184,10 +140,17 @@ def empty_heads(like, *shape, dtype=None):
     return like.new_empty_strided(shape, strides, dtype=dtype)
 
 
+_interpreting = threading.RLock()  # Triton's interpreter replaces what triton.language has, for the whole process
+if hasattr(os, "register_at_fork"):  # a child has only the thread that forked: no other may be in a kernel then
+    os.register_at_fork(
+        before=_interpreting.acquire, after_in_parent=_interpreting.release, after_in_child=_interpreting.release
+    )
+
+
 def launch(kernel, programs, *args, device=None, **constants):
     """Run `programs` instances of a kernel on `device`, that of the first argument by default."""
     if INTERPRETED:
-        with numpy.errstate(all="ignore"):  # numpy warns of inf - inf, a GPU does not
+        with _interpreting, numpy.errstate(all="ignore"):  # numpy warns of inf - inf, a GPU does not
             return kernel[(programs,)](*args, **constants)
     if must_dispatch(args[:1]):
         kernel = torch.library.wrap_triton(kernel)
@@ -226,9 +189,9 @@ def unfold(info, out):
 # ---- tiles
 
 
-def hopper(module):
-    """The module of kernels for Hopper if this GPU is one and this Triton has what they are made of, else None."""
-    if INTERPRETED or architecture() != "sm_90" or _forced:
+def hopper(module, device):
+    """The module of kernels for Hopper if the device is one and this Triton has what they are made of, else None."""
+    if INTERPRETED or architecture(device) != "sm_90" or _forced:
         return None
     return _import(module)
 
@@ -239,13 +202,6 @@ def _import(module):
         return importlib.import_module(module)
     except (ImportError, AttributeError):  # Gluon is experimental: without it, the plain kernels run
         return None
-
-
-@functools.lru_cache
-def architecture():
-    """The tuned table's name for the current GPU: "sm_90", "gfx942"."""
-    target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
 def places_of(arch):
@@ -275,7 +231,8 @@ _forced = []
 
 @contextlib.contextmanager
 def forcing(tile):
-    """Inside, every kernel that asks the table gets `tile` instead: for scripts that search for a better one."""
+    """Inside, every kernel of this process that asks the table gets `tile` instead, in all threads, as a gradient is
+    computed in another one: for scripts that search for a better tile."""
     _forced.append(tile)
     try:
         with off():
@@ -284,14 +241,14 @@ def forcing(tile):
         _forced.pop()
 
 
-def tile_for(op, dtype, head_dim, causal, block_m=None, block_n=None) -> tuned.Tile:
-    """The tuned tile of a kernel, or the caller's where block_m or block_n is given."""
+def tile_for(op, dtype, head_dim, causal, device, block_m=None, block_n=None) -> tuned.Tile:
+    """The tuned tile of a kernel on a device, or the caller's where block_m or block_n is given."""
     if _forced:
         return _forced[-1]
     if INTERPRETED:
         tile = tuned.INTERPRETED._replace(BLOCK_D=16) if op in tuned.INTERPRETED_SLICED else tuned.INTERPRETED
     else:
-        tile = _tuned(op, architecture(), dtype.itemsize * 8, head_dim, bool(causal))
+        tile = _tuned(op, architecture(device), dtype.itemsize * 8, head_dim, bool(causal))
     if block_m is None and block_n is None:
         return tile
     block_m, block_n = block_m or tile.BLOCK_M, block_n or tile.BLOCK_N
@@ -299,20 +256,20 @@ def tile_for(op, dtype, head_dim, causal, block_m=None, block_n=None) -> tuned.T
     return tile._replace(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=2)
 
 
-def compile_options(tile):
+def compile_options(tile, device):
     """What a tile says to the compiler, for launch."""
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if tile.registers and not INTERPRETED and architecture().startswith("sm_"):
+    if tile.registers and not INTERPRETED and architecture(device).startswith("sm_"):
         options["maxnreg"] = tile.registers
     return options
 
 
-def dot_precision(dtype):
+def dot_precision(dtype, device):
     """How a kernel multiplies float32: in TF32 if torch.set_float32_matmul_precision() allowed it, else in full.
 
     In full, on NVIDIA GPUs, is a sum of six products of bfloat16, three of which make up a float32. (Three products of
     TF32 lose two bits, which is past the error that the tests allow.)
     """
-    if dtype != torch.float32 or INTERPRETED or not architecture().startswith("sm_"):
+    if dtype != torch.float32 or INTERPRETED or not architecture(device).startswith("sm_"):
         return "ieee"
     return "tf32" if allows_tf32() else "bf16x6"

@@ -18,8 +18,9 @@ from triton_attention_backward import Staged
 from triton_attention_checks import (
     autocast, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape, check_tensors,
 )
+from triton_attention_device import DEVICE
 from triton_attention_fused import MAX_HEAD_DIM, attention_fused
-from triton_attention_launch import DEVICE, asks_gradient, differentiate, must_dispatch, replayable
+from triton_attention_launch import asks_gradient, differentiate, must_dispatch, replayable
 from triton_attention_scores import Scores, scores_op
 from triton_attention_softmax import ONE_PASS, softmax_dropout, softmax_mean_op
 from triton_attention_values import Values, values_op

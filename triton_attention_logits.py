@@ -8,6 +8,7 @@ A query m sees the keys from m + left to m + right, each side only where its fla
 right = 0, a sliding window has both sides. A mask or bias tensor forbids more, key by key.
 """
 
+import triton_attention_device  # noqa: F401  before triton: it chooses the mode
 import triton
 import triton.language as tl
 

@@ -7,10 +7,11 @@ So few queries and many keys (decoding) keep a GPU busy: programs share the keys
 et al., 2023); and a caller can put together what was computed apart, on two devices or two caches.
 """
 
-import functools
 import math
 
 import torch
+
+from triton_attention_device import processors  # before triton: it chooses the mode
 import triton
 import triton.language as tl
 
@@ -45,11 +46,6 @@ def _merge_kernel(
     tl.store(lse_ptr + row, m + tl.log(l))
     if PAIRED:
         store_pair(stats_ptr, row, m, l, row >= 0)
-
-
-@functools.lru_cache
-def processors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 
 def count_splits(programs, N, block_n, device):

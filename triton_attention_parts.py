@@ -12,6 +12,8 @@ higher-precision computations", 2019.)
 """
 
 import torch
+
+import triton_attention_device  # noqa: F401  before triton: it chooses the mode
 import triton
 import triton.language as tl
 

@@ -1,5 +1,6 @@
 """What the Hopper kernels tell the compilers in PTX, as no Gluon says it."""
 
+import triton_attention_device  # noqa: F401  before triton: it chooses the mode
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 

@@ -19,10 +19,11 @@ import threading
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from triton_attention_device import allows_tf32, is_counter, is_current, stream_of
+
 _MOST = 4096  # keys; then all are forgotten
 _records = {}  # key -> None: seen once; False: not to be replayed; else a Recording
 _off = []  # who forbids replays
-_counters = {}  # (device, stream) -> see counter
 _this_thread = threading.local()  # .recorder: who watches
 _EMPTY = {
     torch.ops.aten.new_empty.default, torch.ops.aten.empty_strided.default, torch.ops.aten.empty.memory_format,
@@ -113,41 +114,13 @@ def note(kernel, compiled, programs, args, constants):
 
 @contextlib.contextmanager
 def off():
-    """Inside, every call runs in full: for scripts that change what a key does not have."""
+    """Inside, every call runs in full, in all threads, as a gradient is computed in another one: for scripts that
+    change what a key does not have."""
     _off.append(None)
     try:
         yield
     finally:
         _off.pop()
-
-
-def _stream(device):
-    """The current stream of a GPU, None while it is captured in a graph."""
-    if device.type != "cuda":
-        return 0
-    with torch.cuda.device(device) if not _here(device) else contextlib.nullcontext():
-        return None if torch.cuda.is_current_stream_capturing() else torch._C._cuda_getCurrentRawStream(device.index)
-
-
-def counter(device):
-    """A number in memory that is 0, for a kernel that counts in it and leaves it at 0: one for each stream, whose
-    kernels run one after the other. A graph that is being captured gets its own, as it may run on any stream."""
-    place = device, _stream(device)
-    if place[1] is None:
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    if place not in _counters:
-        _counters[place] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _counters[place]
-
-
-def allows_tf32():
-    """Whether PyTorch may multiply float32 on a GPU in TF32: what torch.set_float32_matmul_precision() sets too."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def _here(device):
-    """Whether a launch now goes to this device: it is the current GPU."""
-    return device.type == "cuda" and device.index == torch._C._cuda_getDevice()
 
 
 def _key(function, args, names):
@@ -167,11 +140,11 @@ def _key(function, args, names):
             parts += (a.__class__, *map(type, a), *a)
         else:
             parts += (a.__class__, a)  # True == 1 == 1.0, but not for a check
-    if device is None or not _here(device):
+    if device is None or not is_current(device):
         return None
     if float32:
         parts.append(allows_tf32())
-    parts += (device.index, _stream(device))
+    parts += (device.index, stream_of(device))
     if parts[-1] is None:  # a counter may be among the arguments
         return None
     if len(set(addresses)) < len(addresses):
@@ -199,7 +172,6 @@ def _understand(recorder, tensors, out):
     ambiguous = recorder.moves and len({s for _, s in inputs}) < len(inputs)  # two inputs of one storage, and slices
     if recorder.computes or ambiguous or not recorder.launches:
         return False
-    counters = [t.data_ptr() for t in list(_counters.values())]
     launches = []
     for run, args in recorder.launches:
         pointers = []
@@ -208,7 +180,7 @@ def _understand(recorder, tensors, out):
             if base is not None:
                 args[i] = None if base is a else _moved(a, 0)
                 address, storage = base.data_ptr(), base.untyped_storage().data_ptr()
-                if address == 0 or address in counters:  # no elements, or always there
+                if address == 0 or is_counter(address):  # no elements, or always there
                     args[i] = address
                 elif (address, storage) in places:
                     pointers.append((i, places.index((address, storage)), 0))

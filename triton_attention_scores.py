@@ -14,6 +14,8 @@ product of triton_attention_values.py. Vaswani et al., "Attention Is All You Nee
 """
 
 import torch
+
+from triton_attention_device import DEVICE  # before triton: it chooses the mode
 import triton
 import triton.language as tl
 
@@ -21,7 +23,7 @@ from triton_attention_checks import (
     autocast, check_blocks, check_flag, check_heads, check_scale, check_shape, check_tensors,
 )
 from triton_attention_launch import (
-    DEVICE, compile_options, define_op, differentiate, dot_precision, fold, hopper, launch, must_dispatch, replayable,
+    compile_options, define_op, differentiate, dot_precision, fold, hopper, launch, must_dispatch, replayable,
     tile_for, unfold,
 )
 from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
@@ -84,7 +86,7 @@ def scores_op(
     """S [B, H, M, N] of q [B, H, M, D] and k [B, Hk, N, D]; the future is `fill`, 0 or -inf, or unwritten if None."""
     (B, H, M), D, (Hk, N) = q.shape[:3], int(q.shape[3]), k.shape[1:3]
     if diagonal is None and block_m is None and block_n is None and not must_dispatch((q, k)):
-        kernels = hopper("triton_attention_scores_hopper")
+        kernels = hopper("triton_attention_scores_hopper", q.device)
         if kernels and kernels.applies(q, k):
             return kernels.scores_hopper(q, k, scale)
     s = q.new_empty(B, H, M, N)
@@ -95,16 +97,16 @@ def scores_op(
         return s if diagonal is None or not fill else s.masked_fill_(s.new_ones(M, N).triu(diagonal + 1).bool(), fill)
     if q.dtype == torch.float64:  # a kernel's scalar arguments are float32
         q, scale = q * scale, 1.0
-    tile = tile_for("scores", q.dtype, D, diagonal is not None, block_m, block_n)
+    tile = tile_for("scores", q.dtype, D, diagonal is not None, q.device, block_m, block_n)
     programs = B * H * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N * tile.SPAN)
     launch(
         _scores_kernel, programs,
         q, *q.stride(), k, *k.stride(), s, *s.stride(),
         scale, H, H // Hk, M, N, diagonal or 0,
         D=D, CAUSAL=diagonal is not None, FILLED=fill is not None, MINUS_INF=bool(fill),
-        PRECISION=dot_precision(q.dtype),
+        PRECISION=dot_precision(q.dtype, q.device),
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=min(tile.BLOCK_D, max(16, triton.next_power_of_2(D))),
-        SPAN=tile.SPAN, **compile_options(tile),
+        SPAN=tile.SPAN, **compile_options(tile, q.device),
     )
     return s
 

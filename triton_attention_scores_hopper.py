@@ -16,6 +16,7 @@ work, one of 64 x 64 reads 4 KiB for 32 cycles and is bound by that), and warpgr
 Gluon (triton.experimental.gluon) is Triton's lower-level language: layouts, barriers and copies are explicit.
 """
 
+import triton_attention_device  # noqa: F401  before triton: it chooses the mode
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -117,7 +118,7 @@ def scores_hopper(q, k, scale):
     """S [B, H, M, N] of q [B, H, M, D] and k [B, Hk, N, D], float16 or bfloat16, not causal; see applies()."""
     (B, H, M, D), (Hk, N) = q.shape, k.shape[1:3]
     s = q.new_empty(B, H, M, N)
-    tile = tile_for("scores hopper", q.dtype, D, False)
+    tile = tile_for("scores hopper", q.dtype, D, False, q.device)
     programs = B * H * triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(M, tile.BLOCK_M * tile.SPAN)
     launch(
         _scores_hopper_kernel, programs,

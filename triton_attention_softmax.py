@@ -10,12 +10,14 @@ for softmax", 2018). A row that sees no key gives zeros. The gradient dS = P * (
 """
 
 import torch
+
+from triton_attention_device import DEVICE, INTERPRETED  # before triton: it chooses the mode
 import triton
 import triton.language as tl
 
 from triton_attention_checks import check_blocks, check_dropout, check_mask, check_tensors
 from triton_attention_dropout import dropout
-from triton_attention_launch import DEVICE, INTERPRETED, define_op, differentiate, fold, launch, replayable, unfold
+from triton_attention_launch import define_op, differentiate, fold, launch, replayable, unfold
 from triton_attention_tiles import head_ptr, inverse_sum, load_tile, load_visible, split_program, store_tile, visible
 
 ONE_PASS = 16384  # keys of a row that fit the registers of a program; half as many in float64

@@ -6,6 +6,7 @@
          M  +----+----+--+
 """
 
+import triton_attention_device  # noqa: F401  before triton: it chooses the mode
 import triton
 import triton.language as tl
 

@@ -5,6 +5,8 @@ tensor a load gives zeros and a store does nothing.
 """
 
 import torch
+
+import triton_attention_device  # noqa: F401  before triton: it chooses the mode
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor

@@ -15,12 +15,14 @@ that come out with one are done again by a second kernel. That costs a launch; a
 """
 
 import torch
+
+from triton_attention_device import DEVICE, INTERPRETED  # before triton: it chooses the mode
 import triton
 import triton.language as tl
 
 from triton_attention_checks import autocast, check_blocks, check_flag, check_heads, check_shape, check_tensors
 from triton_attention_launch import (
-    DEVICE, INTERPRETED, compile_options, define_op, differentiate, dot_precision, empty_heads, fold, launch,
+    compile_options, define_op, differentiate, dot_precision, empty_heads, fold, launch,
     replayable, tile_for, unfold,
 )
 from triton_attention_scores import Scores
@@ -160,7 +162,7 @@ def values_op(
     if p.dtype == torch.float64:  # a kernel's scalar arguments are float32
         v, scale = v * scale, 1.0
     op = "values, transposed" if transposed else "values"
-    tile = tile_for(op, p.dtype, D, diagonal is not None, block_m, block_n)
+    tile = tile_for(op, p.dtype, D, diagonal is not None, p.device, block_m, block_n)
     block_d = min(tile.BLOCK_D, max(16, triton.next_power_of_2(D)))
     programs = B * heads * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(D, block_d)
     has_nan = torch.empty(programs, dtype=torch.int8, device=p.device)
@@ -174,8 +176,8 @@ def values_op(
     }
     launch(
         _values_kernel, programs, *arguments, **constants,
-        BLOCK_N=tile.BLOCK_N, PRECISION=dot_precision(p.dtype),
-        **compile_options(tile),
+        BLOCK_N=tile.BLOCK_N, PRECISION=dot_precision(p.dtype, p.device),
+        **compile_options(tile, p.device),
     )
     if not INTERPRETED or has_nan.any():
         rows = min(tile.BLOCK_M, 32)
