@@ -218,7 +218,7 @@ def test_softmax_of_extreme_rows():
 @pytest.mark.parametrize("dtype", (F16, BF16, F32), ids=str)
 @pytest.mark.parametrize("ours", (staged, fused), ids=("staged", "fused"))
 def test_rows_of_one_large_negative_constant(ours, dtype):
-    """-1e9 or finfo.min, masks' stand-ins for -inf, over a whole row: all keys have one weight, forward and backward."""
+    """-1e9 or finfo.min, stand-ins for -inf in masks, over a whole row: all keys have one weight, in both passes."""
     sinks = randn(2, dtype=dtype)
     for M in (20, 1):
         q, k, v = (randn(2, 2, n, 16, dtype=dtype) for n in (M, 133, 133))

@@ -1,20 +1,28 @@
 """PyTorch around the functions: gradcheck, opcheck, torch.compile, torch.func, autocast, modes, repeatability."""
 
 import functools
+from contextlib import nullcontext
 
+import numpy
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from testing import (
-    ATTENTION, BF16, DEVICE, F16, F32, F64, INF, INTERPRETED, T, compare, fused, outputs_and_grads, randn, staged,
-    torch_softmax, torch_staged,
+    ATTENTION, BF16, DEVICE, F16, F32, F64, INF, INTERPRETED, T, compare, fused, outputs_and_grads, randn, run_python,
+    staged, torch_fused, torch_softmax, torch_staged,
 )
 from triton_attention_backward import dscores_op
 from triton_attention_dropout import dropout_op
 from triton_attention_fused import attention_fused, fused_op
 from triton_attention_fused_backward import fused_backward_op
 from triton_attention_fused_bias import fused_bias_gradient_op
-from triton_attention_layer import TritonMultiheadAttention
+from triton_attention_launch import must_dispatch
+from triton_attention_layer import TritonMultiheadAttention, attention_staged
 from triton_attention_scores import attention_scores, scores_op
 from triton_attention_softmax import attention_softmax, mask_gradient_op, softmax_backward_op, softmax_op
 from triton_attention_values import attention_values, values_op
@@ -184,8 +192,6 @@ def test_autocast_follows_its_context():
 
 
 def test_flop_counter_and_dispatch_modes_see_the_operators():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     seen = []
 
     class Recorder(TorchDispatchMode):
@@ -208,3 +214,273 @@ def test_repeatable_bitwise(ours):
     for _ in range(2 if INTERPRETED else 200):
         again = outputs_and_grads(ours, (q, k, v), {}, [torch.ones(2, 4, 100, 32, device=DEVICE)])
         assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+# ---- recorders and transforms of PyTorch
+
+
+def sdpa(q, k, v):
+    return torch_fused(q, k, v)[0]
+
+
+@pytest.mark.parametrize("backend", ["eager", BACKEND])
+@pytest.mark.parametrize("name", ["staged", "fused"])
+def test_compiled_torch_func(name, backend):
+    """Of one tensor, where a gradient was lost in silence, and of three; mapped; of the gradient itself."""
+    ours, grad, vmap = ATTENTION[name][0], torch.func.grad, torch.func.vmap
+    tensors = torch.randn(3, 1, 2, 9, 8, device=DEVICE)
+
+    def losses(f):
+        loss, of_one = (lambda *a: f(*a).square().sum()), (lambda x: f(x, x, x).square().sum())
+        yield grad(of_one), tensors[:1]
+        yield grad(loss, argnums=(0, 1, 2)), tensors
+        yield vmap(grad(loss, argnums=(0, 1, 2))), [torch.stack([t, 2 * t]) for t in tensors]
+        if name == "staged":
+            yield grad(lambda x: grad(of_one)(x).square().sum()), tensors[:1]
+
+    for (f, args), (exact, _) in zip(losses(lambda *a: ours(*a)[0]), losses(sdpa), strict=True):
+        grads, expected = (torch.utils._pytree.tree_leaves(g(*args)) for g in
+                           (torch.compile(f, fullgraph=True, backend=backend), exact))
+        for a, b in zip(grads, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", ["staged", "fused"])
+def test_compiled_dropout_is_drawn_once(name, checkpointed, budget):
+    """dV = P^T dO of the P that made the output, which is P where V is the identity."""
+    attend = {"staged": lambda *a: attention_staged(*a, dropout_p=0.5)[0],
+              "fused": lambda *a: attention_fused(*a, dropout_p=0.5)}[name]
+
+    def twice(q, k, v):
+        if checkpointed:
+            return torch.cat([checkpoint(attend, q.sin(), k, v, use_reentrant=False) for _ in range(2)], 2)
+        return torch.cat([attend(q, k, v), attend(q, k, v)], 2)
+
+    q, k = (torch.randn(1, 2, 20, 16, device=DEVICE, requires_grad=True) for _ in range(2))
+    v = torch.eye(20, device=DEVICE).repeat(1, 2, 1, 1).requires_grad_()
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        compiled, outs = torch.compile(twice, fullgraph=True, backend=BACKEND), []
+        for seed in (0, 1, 0):
+            torch.manual_seed(seed)
+            outs.append(compiled(q, k, v))
+        for out in outs[:2]:
+            do = torch.randn_like(out)
+            dv, = torch.autograd.grad(out, v, do)
+            assert (dv - out.detach().mT @ do).abs().max() < 1e-5
+            assert not torch.equal(*out.chunk(2, 2))  # two draws
+    assert not torch.equal(outs[0], outs[1])
+    assert budget < 1 and not INTERPRETED or torch.equal(outs[0], outs[2])
+    torch._dynamo.reset()
+
+
+def test_dropout_under_vmap_and_compile():
+    x, compiled = torch.randn(3, 1, 1, 6, 8, device=DEVICE), functools.partial(torch.compile, backend=BACKEND)
+    draw = lambda x: attention_fused(x, x, x, dropout_p=0.5)  # noqa: E731
+    for randomness in ("same", "different"):
+        mapped = compiled(torch.func.vmap(draw, randomness=randomness))(x[:1].expand_as(x))
+        assert torch.equal(mapped[0], mapped[1]) == (randomness == "same")
+    torch._dynamo.reset()
+
+
+class Holder(torch.nn.Module):
+    """A model with a layer in it, called with weights and without."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.linear = layer, torch.nn.Linear(16, 16, device=DEVICE)
+
+    def forward(self, x):
+        y = self.linear(x)
+        out, weights = self.layer(y, y, y)
+        return self.linear(out + self.layer(x, y, y, need_weights=False)[0]), weights
+
+
+def holders():
+    """(ours, PyTorch's with the same parameters, an input)."""
+    models = [Holder(layer(16, 2, batch_first=True, device=DEVICE))
+              for layer in (TritonMultiheadAttention, torch.nn.MultiheadAttention)]
+    models[1].load_state_dict(models[0].state_dict())
+    return *models, torch.randn(2, 7, 16, device=DEVICE)
+
+
+def gradients(model, x):
+    out, weights = model(x)
+    (out.square().sum() + weights.square().sum()).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("record", [
+    lambda model, x: torch.export.export(model, (x,), strict=True).module(),
+    lambda model, x: torch.export.export(model, (x,), strict=False).module(),
+    lambda model, x: torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC,
+                                                                       1: torch.export.Dim.DYNAMIC},)).module(),
+    lambda model, x: torch.jit.trace(model, (x,)), lambda model, x: torch.fx.symbolic_trace(model),
+], ids=("export", "export, not strict", "export, dynamic", "jit.trace", "fx"))
+def test_recorded_models_are_right_and_train(record, tmp_path):
+    ours, theirs, x = holders()
+    recorded = record(ours, x)
+    for out, exact in zip(recorded(x), theirs(x), strict=True):
+        assert (out - exact).abs().max() < 1e-5
+    grads, exact = gradients(recorded, x), gradients(theirs, x)
+    assert all((grads[name] - grad).abs().max() < 1e-4 for name, grad in exact.items())
+
+
+@pytest.mark.parametrize("kind", ["export", "jit"])
+def test_recorded_models_run_in_another_process(kind, tmp_path):
+    """It imports our module, which brings the operators."""
+    ours, _, x = holders()
+    path, io = str(tmp_path / "model.pt2"), str(tmp_path / "io.pt")
+    if kind == "export":
+        torch.export.save(torch.export.export(ours.eval(), (x,)), path)
+    else:
+        torch.jit.save(torch.jit.trace(ours, (x,)), path)
+    torch.save((x, ours(x)[0]), io)
+    load = "torch.export.load(path).module()" if kind == "export" else "torch.jit.load(path)"
+    run = run_python(f"import torch, triton_attention_layer\npath = {path!r}\nx, y = torch.load({io!r})\n"
+                     f"print((({load})(x)[0] - y).abs().max().item() < 1e-6)")
+    assert run.stdout.split() == ["True"], run.stderr
+
+
+def test_exported_gradients_of_every_operator():
+    """Masks, sinks, dropout, 16 bits: the operators' own derivatives against those of the functions."""
+    class Call(torch.nn.Module):
+        def __init__(self, f):
+            super().__init__()
+            self.f = f
+
+        def forward(self, *args):
+            return self.f(*args)
+
+    q, k, v = (randn(1, 2, 9, 8) for _ in range(3))
+    bias, sinks = randn(1, 1, 1, 9), torch.randn(2, device=DEVICE, requires_grad=True)
+    cases = [
+        (lambda *a: attention_fused(*a[:4], sinks=a[4], is_causal=True, return_lse=True), (q, k, v, bias, sinks)),
+        (lambda *a: attention_staged(*a, is_causal=True), (q, k, v, bias)),
+        (lambda *a: attention_staged(*a), [t.half().detach().requires_grad_() for t in (q, k, v)]),
+        (lambda *a: attention_staged(*a, dropout_p=0.3), (q, k, v)),
+        (lambda *a: attention_fused(*a, dropout_p=0.3), (q, k, v)),
+    ]
+    for f, args in cases:
+        recorded, results = torch.export.export(Call(f), tuple(args), strict=False).module(), []
+        for g in (f, recorded):
+            torch.manual_seed(0)
+            outs = g(*args)
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            results.append(torch.autograd.grad(sum(o.float().square().sum() for o in outs), args))
+        for a, b in zip(*results, strict=True):
+            tolerance = 5e-3 if a.dtype == F16 else 1e-4
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    recorded = torch.export.export(Call(fused), (q, k, v), strict=False).module()
+    grad, = torch.autograd.grad(recorded(q, k, v)[0].sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_fused has no second derivative"):
+        grad.sum().backward()
+
+
+def test_script_says_what_to_use():
+    with pytest.raises(NotImplementedError, match="use torch.jit.trace, torch.export or torch.compile"):
+        torch.jit.script(holders()[0])
+
+
+def test_whole_numbers_and_flags_of_every_type():
+    q = torch.randn(1, 2, 20, 8, device=DEVICE)
+    sizes = (numpy.int64(3), numpy.int32(0))
+    ours = attention_fused(q, q, q, is_causal=numpy.bool_(True), window_size=sizes, block_m=numpy.int64(16))
+    assert torch.equal(ours, attention_fused(q, q, q, is_causal=True, window_size=(3, 0), block_m=16))
+    half = lambda q: attention_fused(q, q, q, window_size=(q.shape[2] // 2, 0))  # noqa: E731
+    compiled = torch.compile(half, fullgraph=True, dynamic=True, backend=BACKEND)
+    assert (compiled(q) - half(q)).abs().max() < 1e-5
+    for wrong in ({"is_causal": 1}, {"is_causal": numpy.int64(1)}, {"window_size": (1.0, 0)}, {"block_m": 16.0},
+                  {"window_size": (numpy.bool_(True), 0)}, {"block_m": True}):
+        with pytest.raises(TypeError):
+            attention_fused(q, q, q, **wrong)
+    torch._dynamo.reset()
+
+
+# ---- who has to see the operators, though a call is eager
+
+
+class Logging(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def doors(x):
+    """name -> (context, what x becomes in it)."""
+    yield "dispatch mode", Logging(), lambda: x
+    yield "function mode", Functions(), lambda: x
+    yield "flop counter", FlopCounterMode(display=False), lambda: x
+    yield "fake", FakeTensorMode(allow_non_fake_inputs=True), lambda: torch.empty(2, device=DEVICE)
+    yield "forward mode", forward_ad.dual_level(), lambda: forward_ad.make_dual(x, x)
+    yield "meta", nullcontext(), lambda: x.to("meta")
+    yield "subclass", nullcontext(), lambda: x.as_subclass(Subclass)
+    yield "zero tensor", nullcontext(), lambda: torch._efficientzerotensor(x.shape, device=DEVICE)
+    yield "conjugate", nullcontext(), lambda: x.to(torch.complex64).conj()
+    yield "functional", nullcontext(), lambda: torch._to_functional_tensor(x)
+    yield "sparse", nullcontext(), lambda: x.to_sparse()
+    yield "nested", nullcontext(), lambda: torch.nested.nested_tensor([x])
+
+
+def test_who_has_to_see_the_operators():
+    x = torch.randn(2, 3, device=DEVICE)
+    for name, context, become in doors(x):
+        with context:
+            assert must_dispatch((None, 1.0, become())), name
+    seen = []
+    for transform in (torch.func.vmap, torch.func.functionalize, torch._vmap_internals._vmap):
+        transform(lambda t: seen.append(must_dispatch((t,))) or t)(x)
+    torch.func.grad(lambda t: seen.append(must_dispatch((t,))) or t.sum())(x)
+    torch.jit.trace(lambda t: seen.append(must_dispatch((t,))) or 2 * t, (x,), check_trace=False)
+    assert seen and all(seen)
+    imaginary = torch.view_as_complex(torch.randn(5, 2, device=DEVICE)).conj().imag
+    for plain in (x, torch.nn.Parameter(x), x.mT, imaginary, torch.nn.Parameter(x).detach()):
+        with torch.autograd.graph.save_on_cpu(), torch.device(DEVICE):
+            assert not must_dispatch((plain,))
+    with torch.inference_mode():
+        assert not must_dispatch((x, torch.ones(2, device=DEVICE), True))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", ATTENTION)
+def test_batched_gradients(name):
+    """By tensors of PyTorch's older vmap."""
+    ours, theirs = ATTENTION[name]
+    q, k, v = (randn(1, 2, 5, 4) for _ in range(3))
+    cotangents = torch.randn(3, 1, 2, 5, 4, device=DEVICE)
+    grads, exact = (torch.autograd.grad(f(q, k, v)[0], (q, k, v), cotangents, is_grads_batched=True)
+                    for f in (ours, theirs))
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(grads, exact, strict=True))
+    jacobian, exact = (torch.autograd.functional.jacobian(lambda q, f=f: f(q, k, v)[0], q, vectorize=True)
+                       for f in (ours, theirs))
+    assert (jacobian - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_forward_mode_is_refused(name):
+    x = torch.randn(1, 2, 5, 4, device=DEVICE)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context(), forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError)):
+            ATTENTION[name][0](forward_ad.make_dual(x, x), x, x)
+
+
+def test_unusual_tensors_and_modes_give_the_same():
+    x = torch.randn(1, 2, 6, 8, device=DEVICE)
+    zero = torch._efficientzerotensor(x.shape, device=DEVICE)
+    for ours in (staged, fused):
+        expected = ours(x, x, x)[0]
+        for context in (Logging(), Functions(), torch.device(DEVICE), torch.inference_mode()):
+            with context:
+                assert torch.equal(ours(x, x, x)[0], expected)
+        assert torch.equal(ours(x, x, zero)[0], torch.zeros_like(x))
+        assert torch.equal(ours(x.as_subclass(Subclass), x, x)[0], expected)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from triton_attention_launch import (
-    compile_options, define_op, differentiate, dot_precision, fold, launch, tile_for, unfold,
+    Function, compile_options, define_op, differentiate, dot_precision, fold, launch, tile_for, unfold,
 )
 from triton_attention_scores import Scores, scores_op
 from triton_attention_softmax import MaskGradient, SoftmaxBackward, softmax_op
@@ -95,7 +95,7 @@ def dscores_op(
     return ds
 
 
-class Staged(torch.autograd.Function):
+class Staged(Function):
     """(O, P) of q, k, v and a 4-D mask or None; query m sees the keys n <= m + diagonal.
 
     Scores above the diagonal stay unwritten (fill=None): the softmax does not read them. O comes in out_dtype: float32

@@ -10,6 +10,7 @@ import functools
 import numbers
 import sys
 
+import numpy
 import torch
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
@@ -78,6 +79,13 @@ def check_scale(scale, head_dim):
         raise ValueError("scale must be a number that float can hold, got a larger one") from None
 
 
+def _whole(number):
+    """An int of whatever whole number was passed, a SymInt as it is; None for another type, bool among them."""
+    if isinstance(number, (int, torch.SymInt)):
+        return None if isinstance(number, bool) else number
+    return int(number) if isinstance(number, numbers.Integral) else None
+
+
 def check_window(window_size, diagonal, M, N):
     """(left, right): query m sees the keys m + left ... m + right, None: no bound on that side.
 
@@ -88,12 +96,11 @@ def check_window(window_size, diagonal, M, N):
         return None, diagonal
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"window_size must be a pair (left, right) or None, got {window_size!r}")
-    for size in window_size:
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"window_size must be a pair of ints, got {window_size!r}")
-        if size < -1:
-            raise ValueError(f"window_size must have sizes from 0, or -1 for no bound, got {tuple(window_size)}")
-    left, right = window_size
+    left, right = (_whole(size) for size in window_size)
+    if left is None or right is None:
+        raise TypeError(f"window_size must be a pair of ints, got {window_size!r}")
+    if left < -1 or right < -1:
+        raise ValueError(f"window_size must have sizes from 0, or -1 for no bound, got {tuple(window_size)}")
     left = None if left == -1 else max(N - M - left, -M)
     right = None if right == -1 else min(N - M + right, N)
     return left, right if diagonal is None else diagonal if right is None else min(right, diagonal)
@@ -128,11 +135,12 @@ def check_sinks(sinks, H, device):
 
 def check_blocks(**blocks):
     """Tile sizes are powers of two from 16, and a tile has at most MAX_TILE elements."""
-    for name, block in blocks.items():
-        if block is None:
+    for name, given in blocks.items():
+        if given is None:
             continue
-        if isinstance(block, bool) or not isinstance(block, int):
-            raise TypeError(f"{name} must be an int or None, got {type(block).__name__}")
+        block = blocks[name] = _whole(given)
+        if block is None:
+            raise TypeError(f"{name} must be an int or None, got {type(given).__name__}")
         if block < 16 or block & (block - 1):
             raise ValueError(f"{name} must be a power of two from 16, got {block}")
     elements = functools.reduce(lambda a, b: a * (b or 16), blocks.values(), 1)
@@ -142,6 +150,7 @@ def check_blocks(**blocks):
             f"the tile {tile} (block_m x block_n) does not fit: it needs {elements} registers, there are {MAX_TILE}; "
             "pass a smaller block_m or block_n"
         )
+    return tuple(blocks.values())
 
 
 def check_dropout(dropout_p):
@@ -155,7 +164,7 @@ def check_dropout(dropout_p):
 
 def check_flag(name, flag):
     """True or False."""
-    if not isinstance(flag, bool):
+    if not isinstance(flag, bool) and not isinstance(flag, (numpy.bool_, torch.SymBool)):
         raise TypeError(f"{name} must be True or False, got {type(flag).__name__}")
 
 

@@ -12,8 +12,10 @@ import torch
 from triton_attention_device import INTERPRETED  # before triton: it chooses the mode
 import triton
 import triton.language as tl
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
-from triton_attention_launch import define_op, differentiate, launch
+from triton_attention_launch import Function, define_op, differentiate, launch
 from triton_attention_tiles import head_ptr, keep_mask, load_tile, split_program, store_tile
 
 
@@ -52,8 +54,10 @@ def dropout_op(probs: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> tor
     return out
 
 
-class Dropout(torch.autograd.Function):
+class Dropout(Function):
     """Linear and diagonal: its gradient is the same dropout of the gradient."""
+
+    op = dropout_op
 
     @staticmethod
     def forward(probs, seed, dropout_p):
@@ -77,7 +81,49 @@ class Dropout(torch.autograd.Function):
         return torch.stack(each), 0
 
 
+@torch.library.custom_op("triton_attention::seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def seed_op(like: torch.Tensor, number: int = 0) -> torch.Tensor:
+    """A seed [1] from torch's generator of the device of `like`; the number tells calls in one graph apart."""
+    return torch.randint(1 << 62, (1,), device=like.device)
+
+
+@seed_op.register_fake
+def _(like, number=0):
+    return like.new_empty(1, dtype=torch.int64)
+
+
+@seed_op.register_vmap
+def _(info, in_dims, like, number=0):
+    if info.randomness == "error":
+        raise RuntimeError("dropout under vmap draws random numbers: pass randomness='same' or 'different' to vmap")
+    one = like.select(in_dims[0], 0)
+    if info.randomness == "same":
+        return seed_op(one), None
+    return torch.stack([seed_op(one) for _ in range(info.batch_size)]), 0
+
+
+@seed_op.register_torch_dispatch(ProxyTorchDispatchMode)
+def _(mode, op, types, args=(), kwargs=None):
+    """In the graphs of torch.compile no two draws are one, and no draw is made twice: where PyTorch has backward
+    compute activations again, it does so from the generator's state before if a node is marked like a checkpoint."""
+    meta, number = torch.fx.traceback.get_current_meta(), sum(node.target is op for node in mode.tracer.graph.nodes)
+    marks = "recompute" not in meta and torch._functorch.config.activation_memory_budget < 1
+    if marks:
+        meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+    try:
+        return mode.__torch_dispatch__(op, types, (args[0], number), {})
+    finally:
+        if marks:
+            del meta["recompute"]
+
+
+def draw_seed(like):
+    """A seed [1] from torch's generator of the device of `like`."""
+    if torch.compiler.is_compiling():
+        return seed_op(like)
+    return torch.randint(1 << 62, (1,), device=like.device)
+
+
 def dropout(probs, dropout_p):
     """probs [B, H, M, N] after dropout, 0 < dropout_p <= 1, by a seed from torch's generator of their device."""
-    seed = torch.randint(1 << 62, (1,), device=probs.device)
-    return differentiate(Dropout, probs, seed, dropout_p)
+    return differentiate(Dropout, probs, draw_seed(probs), dropout_p)

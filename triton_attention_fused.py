@@ -30,9 +30,10 @@ from triton_attention_checks import (
 )
 from triton_attention_fused_backward import FEW_QUERIES, fused_arguments, fused_backward_op, paired
 from triton_attention_fused_bias import fused_bias_gradient_op
+from triton_attention_dropout import draw_seed
 from triton_attention_launch import (
-    compile_options, define_op, differentiate, empty_heads, fold, hopper, launch, must_dispatch,
-    replayable, tile_for, unfold,
+    Function, compile_options, define_op, differentiate, empty_heads, fold, hopper, launch,
+    must_dispatch, replayable, tile_for, unfold,
 )
 from triton_attention_logits import exponential, key_range, logits, lowest, steps, store_pair
 from triton_attention_merge import count_splits, merge_attention, merge_splits  # noqa: F401  public here
@@ -260,8 +261,10 @@ def fused_op(
     return outputs
 
 
-class Fused(torch.autograd.Function):
+class Fused(Function):
     """(O, lse); the arguments are those of fused_op, the mask with its sizes of 1."""
+
+    op = fused_op
 
     @staticmethod
     def forward(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n):
@@ -294,7 +297,7 @@ class Fused(torch.autograd.Function):
         return tuple(unfold(info, out) for out in outs), (0, 0, 0)
 
 
-class FusedBackward(torch.autograd.Function):
+class FusedBackward(Function):
     """(dQ, dK, dV, dmask or None, dsinks or None)."""
 
     @staticmethod
@@ -394,8 +397,8 @@ def attention_fused(
     left, right = check_window(window_size, diagonal, M, N)
     scale, dropout_p, softcap = check_scale(scale, D), check_dropout(dropout_p), check_softcap(softcap, q.dtype)
     check_sinks(sinks, H, q.device)
-    check_blocks(block_m=block_m, block_n=block_n)
-    seed = torch.randint(1 << 62, (1,), device=q.device) if dropout_p > 0.0 else None
+    block_m, block_n = check_blocks(block_m=block_m, block_n=block_n)
+    seed = draw_seed(q) if dropout_p > 0.0 else None
     o, lse, _ = differentiate(
         Fused, q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n
     )

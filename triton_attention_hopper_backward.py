@@ -257,8 +257,8 @@ def _store(
 @gluon.jit
 def _make_finite(buf, after_n, at_left, LEFT: gl.constexpr, layout: gl.constexpr):
     """A tile of K or V with zeros for keys that no query sees, as products with a huge number would be inf, and -inf +
-    inf NaN; and a large number for inf and NaN, which of a key that some queries do not see would meet a dS of 0. Large,
-    so that a score of -inf stays one that has no weight. (A query that sees NaN has it in lse or delta already.)"""
+    inf NaN; and a large number for inf and NaN, which of a key that some queries do not see would meet a dS of 0:
+    large, so that a score of -inf stays one without weight. (A query that sees NaN has it in lse or delta already.)"""
     LARGE: gl.constexpr = 65504.0 if buf.dtype == gl.float16 else 2.0**100
     n = gl.arange(0, buf.shape[0], gl.SliceLayout(1, layout))
     seen = n < after_n

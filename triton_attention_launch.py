@@ -24,21 +24,43 @@ from triton_attention_replay import note, off, recording, replayed
 # ---- operators
 
 
+# keys of tensors and threads for which the dispatcher would do no more than call the launcher: autograd is in the
+# Functions, autocast in autocast(), and the bit Negative is resolved
+_PLAIN = {"CPU", "CUDA", "XPU", "ADInplaceOrView", "BackendSelect", "Negative"} | {
+    key + backend for key in ("Autograd", "Autocast") for backend in ("CPU", "CUDA", "XPU")
+}
+_WATCHED = {"Python", "PythonTLSSnapshot"}  # those of a thread whose launcher is being recorded
+_NO_TENSORS = {type(None), bool, int, float, str, torch.dtype}
+_kinds = {}  # keys as a number -> "plain", "watched" or "other"
+_keys_of, _keys_of_thread = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
+
+
+def _kind(keys):
+    number = keys.raw_repr()
+    kind = _kinds.get(number)
+    if kind is None:
+        others = set(str(keys).removeprefix("DispatchKeySet(").removesuffix(")").split(", ")) - _PLAIN
+        kind = _kinds[number] = "plain" if not others else "watched" if others == _WATCHED else "other"
+    return kind
+
+
 def must_dispatch(args):
-    """Whether somebody (torch.compile, a dispatch mode, vmap, a tensor subclass) has to see the operator."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > recording()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    ):
+    """Whether somebody (torch.compile, a mode, a transform, a tensor of another kind) has to see the operator."""
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
         return True
+    kind = _kind(_keys_of_thread())
+    if kind != "plain" and not (kind == "watched" and recording() and torch._C._len_torch_dispatch_stack() == 1):
+        return True
+    if torch._C._len_torch_function_stack() > 0:  # torch.set_default_device is one that does not care
+        modes = torch.overrides._get_current_function_mode_stack()
+        if any(type(mode) is not torch.utils._device.DeviceContext for mode in modes):
+            return True
     for a in args:
-        if type(a) is torch.Tensor or type(a) is torch.nn.Parameter:
-            if a.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(a):
+        kind = type(a)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if _kind(_keys_of(a)) != "plain":
                 return True
-        elif isinstance(a, torch.Tensor):
+        elif kind not in _NO_TENSORS and isinstance(a, torch.Tensor):
             return True
     return False
 
@@ -78,6 +100,7 @@ def define_op(name, fake, wide=()):
             op.register_fake(fake)
         else:
             op = torch.library.triton_op(f"triton_attention::{name}", launcher, mutates_args=())
+            op.register_fake(fake)  # torch's own is the launcher, which asks too much of a dynamic length
 
         @functools.wraps(launcher)
         def eager(*args):
@@ -92,6 +115,22 @@ def define_op(name, fake, wide=()):
         return call
 
     return decorate
+
+
+class Function(torch.autograd.Function):
+    """A torch.autograd.Function for differentiate. If `op` takes the arguments of its forward, it gets its derivative:
+    in a program of torch.export or torch.jit.trace it stands alone."""
+
+    op = None
+
+    def __init_subclass__(cls):
+        @torch.compiler.allow_in_graph
+        def node(*args):
+            return cls.apply(*args)
+
+        cls.node = staticmethod(lambda *args: node(*args))
+        if cls.op is not None:
+            cls.op.op.register_autograd(cls.backward, setup_context=cls.setup_context)
 
 
 def asks_gradient(args):
@@ -117,9 +156,18 @@ def replayable(function):
     return call
 
 
+@torch._dynamo.assume_constant_result
+def _inside_transform():
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def differentiate(function, *args):
     """`function.apply(*args)`, or its forward alone where nobody can ask for a gradient (saves 15 us)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        return function.forward(*args)  # what apply leaves in such a graph has no gradient, or cannot be run
+    if torch.compiler.is_dynamo_compiling():
+        if _inside_transform():  # of torch.func, of which torch.compile's own way with Functions loses gradients
+            return function.node(*args)
         # torch.compile takes no tensor twice: self-attention on a plain x would be refused
         again = [any(a is b for b in args[:i]) and isinstance(a, torch.Tensor) for i, a in enumerate(args)]
         return function.apply(*(a.view_as(a) if twice else a for a, twice in zip(args, again, strict=True)))

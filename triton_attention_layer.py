@@ -157,6 +157,10 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
         Raises:
             AssertionError, RuntimeError: where the parent raises them. TypeError: not a tensor.
         """
+        if isinstance(query, torch.fx.Proxy) and (path := query.tracer.path_of_module(self)):
+            # torch.fx.symbolic_trace of a model: a node that calls this layer, as for the layers of torch.nn
+            args = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return query.tracer.create_proxy("call_module", path, args, {})
         _check_types(query=query, key=key, value=value, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
@@ -189,6 +193,12 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
         if not batched:
             out, weights = out.squeeze(0), weights.squeeze(0) if need_weights else None
         return out, weights if need_weights else None
+
+    def __prepare_scriptable__(self):
+        raise NotImplementedError(
+            "TritonMultiheadAttention cannot be compiled by torch.jit.script, which does not know Triton's kernels: "
+            "use torch.jit.trace, torch.export or torch.compile"
+        )
 
     def _check(self, query, key, value, attn_mask, is_causal):
         """What the parent refuses beyond the number of dimensions, in its order."""

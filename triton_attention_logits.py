@@ -84,8 +84,9 @@ def logits(
     MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
 ):
-    """(x, raw): the logits x of a tile of Q K^T, -inf where m may not see n or is past the end; without the scale if not SCALED. raw is
-    what was multiplied last: by the softcap, tanh of the scaled product; else by the scale, the product.
+    """(x, raw): the logits x of a tile of Q K^T, -inf where m may not see n, or is past the last query; without the
+    scale if not SCALED. raw is what was multiplied last: by the softcap, tanh of the scaled product; else by the scale,
+    the product.
 
     m and n index the tile and broadcast against it, either way round.
     """

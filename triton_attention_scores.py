@@ -23,8 +23,8 @@ from triton_attention_checks import (
     autocast, check_blocks, check_flag, check_heads, check_scale, check_shape, check_tensors,
 )
 from triton_attention_launch import (
-    compile_options, define_op, differentiate, dot_precision, fold, hopper, launch, must_dispatch, replayable,
-    tile_for, unfold,
+    Function, compile_options, define_op, differentiate, dot_precision, fold, hopper, launch, must_dispatch,
+    replayable, tile_for, unfold,
 )
 from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
 
@@ -111,8 +111,10 @@ def scores_op(
     return s
 
 
-class Scores(torch.autograd.Function):
+class Scores(Function):
     """S and its gradients; the arguments are those of scores_op."""
+
+    op = scores_op
 
     @staticmethod
     def forward(q, k, scale, diagonal, fill, block_m, block_n):
@@ -166,7 +168,7 @@ def attention_scores(
     check_shape("k", k, "B Hk N D", B=q.shape[0], D=q.shape[3])
     check_heads("k", k.shape[1], q.shape[1])
     check_flag("is_causal", is_causal)
-    check_blocks(block_m=block_m, block_n=block_n)
+    block_m, block_n = check_blocks(block_m=block_m, block_n=block_n)
     scale = check_scale(scale, q.shape[3])
     diagonal, fill = (0, float("-inf")) if is_causal else (None, None)
     return differentiate(Scores, q, k, scale, diagonal, fill, block_m, block_n)

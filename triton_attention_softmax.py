@@ -17,7 +17,9 @@ import triton.language as tl
 
 from triton_attention_checks import check_blocks, check_dropout, check_mask, check_tensors
 from triton_attention_dropout import dropout
-from triton_attention_launch import define_op, differentiate, fold, launch, replayable, unfold
+from triton_attention_launch import (
+    Function, define_op, differentiate, fold, launch, replayable, unfold,
+)
 from triton_attention_tiles import head_ptr, inverse_sum, load_tile, load_visible, split_program, store_tile, visible
 
 ONE_PASS = 16384  # keys of a row that fit the registers of a program; half as many in float64
@@ -310,8 +312,10 @@ def mask_gradient_op(ds: torch.Tensor, shape: list[int], dtype: torch.dtype) -> 
     return grad
 
 
-class Softmax(torch.autograd.Function):
+class Softmax(Function):
     """P of scores and mask; the arguments are those of softmax_op."""
+
+    op = softmax_op
 
     @staticmethod
     def forward(scores, mask, diagonal, block_m, block_n):
@@ -336,8 +340,10 @@ class Softmax(torch.autograd.Function):
         return unfold(info, differentiate(Softmax, *fold(info, in_dims, scores, mask), *options)), 0
 
 
-class SoftmaxBackward(torch.autograd.Function):
+class SoftmaxBackward(Function):
     """dS of P and dP, differentiable itself: linear in dP with the symmetric matrix diag(P) - P P^T."""
+
+    op = softmax_backward_op
 
     @staticmethod
     def forward(probs, dp, diagonal):
@@ -367,8 +373,10 @@ class SoftmaxBackward(torch.autograd.Function):
         return unfold(info, differentiate(SoftmaxBackward, *fold(info, in_dims, probs, dp), diagonal)), 0
 
 
-class MaskGradient(torch.autograd.Function):
+class MaskGradient(Function):
     """dS summed to the shape of the mask."""
+
+    op = mask_gradient_op
 
     @staticmethod
     def forward(ds, shape, dtype):
@@ -421,7 +429,7 @@ def attention_softmax(
     check_tensors(scores=scores)
     mask, diagonal = check_mask(attn_mask, is_causal, scores.shape, scores.device)
     dropout_p = check_dropout(dropout_p)
-    check_blocks(block_m=block_m, block_n=block_n)
+    block_m, block_n = check_blocks(block_m=block_m, block_n=block_n)
     return softmax_dropout(scores, mask, diagonal, dropout_p, block_m, block_n)
 
 

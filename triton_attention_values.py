@@ -22,7 +22,7 @@ import triton.language as tl
 
 from triton_attention_checks import autocast, check_blocks, check_flag, check_heads, check_shape, check_tensors
 from triton_attention_launch import (
-    compile_options, define_op, differentiate, dot_precision, empty_heads, fold, launch,
+    Function, compile_options, define_op, differentiate, dot_precision, empty_heads, fold, launch,
     replayable, tile_for, unfold,
 )
 from triton_attention_scores import Scores
@@ -185,7 +185,7 @@ def values_op(
     return o
 
 
-class Values(torch.autograd.Function):
+class Values(Function):
     """P V or P^T X, and its gradients; the arguments are those of values_op, the dtype is that of v."""
 
     @staticmethod
@@ -210,6 +210,14 @@ class Values(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, p, v, *options):
         return unfold(info, differentiate(Values, *fold(info, in_dims, p, v), *options)), 0
+
+
+def _values_backward(ctx, do):
+    """Of values_op, which has one argument more: the dtype."""
+    return *Values.backward(ctx, do.to(ctx.saved_tensors[1].dtype)), None
+
+
+values_op.op.register_autograd(_values_backward, setup_context=Values.setup_context)
 
 
 @replayable
@@ -238,7 +246,7 @@ def attention_values(
     check_shape("v", v, "B Hk N Dv", B=probs.shape[0], N=probs.shape[3])
     check_heads("v", v.shape[1], probs.shape[1])
     check_flag("is_causal", is_causal)
-    check_blocks(block_m=block_m, block_n=block_n)
+    block_m, block_n = check_blocks(block_m=block_m, block_n=block_n)
     diagonal = 0 if is_causal else None
     return differentiate(Values, probs, v, diagonal, probs.shape[1], False, 1.0, block_m, block_n)
 
