@@ -299,7 +299,8 @@ def mma_wait(pending, products):
 nothing = lambda *args, **kwargs: None  # noqa: E731  layouts
 LANGUAGE = SimpleNamespace(
     constexpr=lambda x: x, static_assert=nothing, to_tensor=lambda x: x, static_range=range,
-    float16=torch.float16, float32=torch.float32, int8=torch.int8, int32=torch.int32, uint32=torch.int64, int64=torch.int64,
+    float16=torch.float16, float32=torch.float32,
+    int8=torch.int8, int32=torch.int32, uint32=torch.int64, int64=torch.int64,
     program_id=lambda axis: here.number, num_programs=lambda axis: here.size,
     minimum=either(torch.fmin, min), maximum=either(torch.fmax, max), where=where,
     zeros=lambda shape, dtype, layout: torch.zeros(shape), zeros_like=torch.zeros_like,
