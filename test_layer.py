@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-from testing import BF16, DEVICE, F16, F32, F64, INF, NAN, T, assert_close, double
+import triton_attention_layer
+from testing import BF16, DEVICE, F16, F32, F64, GPU, INF, NAN, T, assert_close, double
 from triton_attention_layer import TritonMultiheadAttention
 
 
@@ -366,3 +367,172 @@ def test_layer_mixes_mask_dtypes_as_torch_does():
         warnings.simplefilter("ignore")
         both = (layer(x, x, x, padding, attn_mask=half) for layer in (mine, theirs))
         assert all((ours - exact).abs().max() < 1e-5 for ours, exact in zip(*both, strict=True))
+
+
+def test_layer_takes_nested_tensors_without_a_token():
+    mine, theirs = pair(32, 4, batch_first=True)
+    encoder = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True, device=DEVICE).eval()
+    none, empty = torch.nested.nested_tensor([], device=DEVICE), [torch.zeros(0, 32, device=DEVICE)] * 2
+    no_batch = torch.nested.nested_tensor_from_jagged(T(0, 32), torch.zeros(1, dtype=torch.long, device=DEVICE))
+    every = [torch.nested.nested_tensor(empty, layout=layout) for layout in (torch.strided, torch.jagged)]
+    for x, B in ((none, 0), (no_batch, 0), *((x, 2) for x in every)):
+        x = x.clone().requires_grad_()
+        out, weights = mine(x, x, x)
+        assert out.is_nested and (out.layout, out.size(0), out.numel()) == (x.layout, B, 0)
+        assert weights.shape == (B, 0, 0)
+        assert mine(x, x, x, average_attn_weights=False)[1].shape == (B, 4, 0, 0)
+        assert mine(x, x, x, need_weights=False)[1] is None
+        if B:
+            torch.cat(out.unbind()).sum().backward()
+            assert x.grad.is_nested and all((p.grad == 0).all() for p in mine.parameters())
+            with torch.no_grad():
+                exact = encoder(x.detach()) if x.layout == torch.strided else x  # torch's refuses a jagged one
+                encoder.self_attn = mine
+                out, encoder.self_attn = encoder(x.detach()), theirs
+            assert [o.shape for o in out.unbind()] == [e.shape for e in exact.unbind()]
+
+
+def test_layer_keeps_the_offsets_of_a_jagged_tensor():
+    mine, _ = pair(32, 4, batch_first=True)
+    x = torch.nested.nested_tensor([torch.randn(n, 32, device=DEVICE) for n in (5, 0, 7)], layout=torch.jagged)
+    residual = x + mine(x, x, x, need_weights=False)[0]
+    assert [r.shape[0] for r in residual.unbind()] == [5, 0, 7]
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_transformer_encoder_with_sequences_of_padding(train):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True, device=DEVICE), 2)
+    mine = copy.deepcopy(encoder)
+    for layer in mine.layers:
+        state = layer.self_attn.state_dict()
+        layer.self_attn = TritonMultiheadAttention(32, 4, batch_first=True, device=DEVICE)
+        layer.self_attn.load_state_dict(state)
+    some = torch.zeros(3, 10, dtype=torch.bool, device=DEVICE)
+    some[0, 6:] = some[1] = True
+    encoder.train(train), mine.train(train)
+    for grad, padding in ((False, some), (True, some), (True, some | True)):
+        x = torch.randn(3, 10, 32, device=DEVICE, requires_grad=grad)
+        with torch.set_grad_enabled(grad), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out, exact = (stack(x, src_key_padding_mask=padding) for stack in (mine, encoder))
+        assert out.shape == exact.shape and ((out - exact)[~padding].abs() < 1e-5).all() and out.isfinite().all()
+        assert not grad or torch.autograd.grad(out.sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("bias", (F16, BF16, F32, F64), ids=str)
+def test_layer_takes_an_in_proj_bias_of_another_dtype(bias):
+    for dtype in {F16, F32, F64} - {bias}:
+        for options in ({}, {"kdim": 6, "vdim": 6}):
+            mine, theirs = pair(32, 4, batch_first=True, dtype=dtype, **options)
+            x = torch.randn(2, 5, 32, device=DEVICE, dtype=dtype)
+            key = x[..., :6] if options else x
+            for layer in (mine, theirs):
+                layer.in_proj_bias = nn.Parameter(layer.in_proj_bias.detach().to(bias))
+            wide = copy.deepcopy(theirs).double()
+            for need_weights in (True, False):
+                ours, lower, exact = (
+                    layer(t, t[..., :key.shape[2]], t[..., :key.shape[2]], need_weights=need_weights)[0]
+                    for layer, t in ((mine, x), (theirs, x), (wide, x.double()))
+                )
+                assert ours.dtype == lower.dtype == dtype
+                assert_close(ours, lower, exact)
+            ours.sum().backward()
+            assert mine.in_proj_bias.grad.dtype == bias
+
+
+CPU_CALLS = [  # options of the layer and of the call: "keys" are masked for everybody in a batch, "rows" see nothing
+    ({}, {}), ({}, {"need_weights": False}), ({}, {"average_attn_weights": False}),
+    ({"ours": {"num_kv_heads": 2}}, {"mask": "rows"}),
+    ({"ours": {"num_kv_heads": 2}}, {"mask": "rows", "need_weights": False}),
+    ({}, {"mask": "float"}), ({}, {"mask": "float", "padding": True, "need_weights": False}),
+    ({}, {"mask": "heads", "padding": True, "average_attn_weights": False}),
+    ({"add_bias_kv": True, "add_zero_attn": True}, {"mask": "rows", "padding": True}),
+    ({"bias": False, "kdim": 12, "vdim": 10}, {"mask": "float"}), ({"dropout": 1.0}, {}), ({"batch_first": False}, {}),
+    ({}, {"unbatched": True, "mask": "rows"}), ({}, {"poison": NAN, "padding": True}),
+    ({}, {"poison": INF, "mask": "causal", "need_weights": False}), ({}, {"poison": NAN, "mask": "causal"}),
+    ({"dtype": F16}, {"mask": "float"}), ({"dtype": BF16, "ours": {"num_kv_heads": 1}}, {"padding": True}),
+]
+
+
+def cpu_call(options, call):
+    """(layer, inputs, keyword arguments) of a row of CPU_CALLS, always of the same numbers."""
+    torch.manual_seed(0)
+    options = {"batch_first": True, "dtype": F32, **options}
+    ours, dtype = options.pop("ours", {}), options["dtype"]
+    layer = TritonMultiheadAttention(32, 4, device=DEVICE, **options, **ours)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, 0, 0.3)
+    call = dict(call)
+    L, shape = 9, (9,) if call.pop("unbatched", False) else (2, 9)
+    x, key, value = (torch.randn(*shape, d, device=DEVICE, dtype=dtype) for d in (32, layer.kdim, layer.vdim))
+    kind, padding, poison = call.pop("mask", None), call.pop("padding", False), call.pop("poison", None)
+    mask = torch.rand(L, L, device=DEVICE) < 0.4
+    if kind == "float":
+        mask = torch.randn(L, L, device=DEVICE, dtype=dtype).masked_fill(mask, -INF).requires_grad_()
+    if kind == "heads":
+        mask = torch.rand(2 * 4, L, L, device=DEVICE) < 0.4
+    if kind == "causal":
+        mask = ~torch.ones(L, L, dtype=torch.bool, device=DEVICE).tril()
+    if kind == "rows":
+        mask[3] = True
+    if kind:
+        call["attn_mask"] = mask
+    if padding:
+        call["key_padding_mask"] = torch.zeros(2, L, dtype=torch.bool, device=DEVICE)
+        call["key_padding_mask"][0] = call["key_padding_mask"][1, 7:] = True
+    if poison is not None:
+        key[..., 7:, :] = value[..., 7:, :] = poison
+    return layer, [t.requires_grad_() for t in (x, key, value)], call
+
+
+def results_of(layer, inputs, kwargs):
+    out, weights = layer(*inputs, **kwargs)
+    wanted = [*inputs, *layer.parameters(), *(m for m in kwargs.values() if torch.is_tensor(m) and m.requires_grad)]
+    cotangent = torch.linspace(0.5, 1.5, out.numel(), device=out.device, dtype=out.dtype)
+    total = (out.flatten() * cotangent).sum()
+    total = total if weights is None else total + weights.square().sum()
+    return [out, *(() if weights is None else (weights,)), *torch.autograd.grad(total, wanted)]
+
+
+def assert_same(results, expected):
+    for a, b in zip(results, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        step = 64 * torch.finfo(b.dtype).eps * b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
+        assert torch.allclose(a.to(b.device), b, atol=step, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("options,call", CPU_CALLS, ids=str)
+def test_layer_by_the_operations_of_torch(options, call, monkeypatch):
+    """What a module on the CPU computes in a process with a GPU is what the kernels give, NaN where they give it."""
+    kernels = results_of(*cpu_call(options, call))
+    monkeypatch.setattr(triton_attention_layer, "KERNELS_RUN_ON", ())
+    assert_same(results_of(*cpu_call(options, call)), kernels)
+
+
+@GPU
+@pytest.mark.parametrize("options,call", CPU_CALLS, ids=str)
+def test_gpu_layer_survives_cpu(options, call):
+    layer, inputs, kwargs = cpu_call(options, call)
+    kernels = results_of(layer, inputs, kwargs)
+    cpu = lambda t: t.detach().cpu().requires_grad_(t.requires_grad) if torch.is_tensor(t) else t  # noqa: E731
+    inputs, kwargs = [cpu(t) for t in inputs], {name: cpu(t) for name, t in kwargs.items()}
+    assert_same(results_of(layer.cpu(), inputs, kwargs), kernels)
+    assert layer.to(DEVICE)(*(t.detach().to(DEVICE) for t in inputs))[0].device.type == DEVICE.type
+
+
+def test_layer_by_the_operations_of_torch_in_training_and_compiled(monkeypatch):
+    monkeypatch.setattr(triton_attention_layer, "KERNELS_RUN_ON", ())
+    layer = TritonMultiheadAttention(32, 4, 0.5, batch_first=True, num_kv_heads=2, device=DEVICE)
+    x, padding = torch.randn(2, 16, 32, device=DEVICE), torch.zeros(2, 16, dtype=torch.bool, device=DEVICE)
+    padding[0, 9:] = padding[1] = True
+    weights = layer(x, x, x, padding, average_attn_weights=False)[1][0, ..., :9]
+    assert 0.3 < (weights == 0).float().mean() < 0.7
+    for model in (layer.eval(), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for ours, exact in zip(compiled(x, x, x, padding), layer(x, x, x, padding), strict=True):
+            assert torch.allclose(ours, exact, atol=1e-5) and exact.isfinite().all()
+    nested = torch.nested.nested_tensor([torch.randn(n, 32, device=DEVICE) for n in (3, 0)], layout=torch.jagged)
+    assert layer(nested, nested, nested)[0].is_nested
+    with torch.autocast(DEVICE.type, BF16):
+        assert layer(x, x, x)[0].dtype == BF16
+    assert layer.to("meta")(*[x.to("meta")] * 3, need_weights=False)[0].is_meta

@@ -7,6 +7,7 @@
 No kernel here. Heads are views: a projection's [B, M, H * D] is read as [B, H, M, D] through its strides.
 """
 
+import math
 import numbers
 
 import torch
@@ -18,12 +19,14 @@ from triton_attention_backward import Staged
 from triton_attention_checks import (
     autocast, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape, check_tensors,
 )
-from triton_attention_device import DEVICE
+from triton_attention_device import DEVICE, INTERPRETED
 from triton_attention_fused import MAX_HEAD_DIM, attention_fused
 from triton_attention_launch import asks_gradient, differentiate, must_dispatch, replayable
 from triton_attention_scores import Scores, scores_op
 from triton_attention_softmax import ONE_PASS, softmax_dropout, softmax_mean_op
 from triton_attention_values import Values, values_op
+
+KERNELS_RUN_ON = ("cpu", "cuda", "xpu", "meta") if INTERPRETED else ("cuda", "xpu")
 
 
 def attention_staged(
@@ -78,6 +81,31 @@ def _attend(q, k, v, attn_mask, dropout_p, is_causal=False, scale=None, enable_g
         out, probs = differentiate(Staged, q, k, v, mask, diagonal, scale, torch.float32 if wide else q.dtype)
         out = out.to(q.dtype)
     return out, probs.mean(dim=1) if average else probs
+
+
+def _attend_by_torch(q, k, v, mask, dropout_p, average=False):
+    """_attend on a device without kernels (model.cpu() in a process with a GPU), by operations of torch, in float32
+    for 16 bits."""
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (t.to(wide).repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (q, k, v))
+    scale = q.shape[3] ** -0.5
+    if mask is None:
+        scores = q * scale @ k.mT
+    else:  # NaN and inf in a key must not reach, as 0 * NaN, the gradients of the queries that do not see it
+        hidden = ~mask if mask.dtype == torch.bool else mask == -math.inf
+        scores, right = q * scale @ k.nan_to_num(0.0, 0.0, 0.0).mT, q.detach() * scale @ k.mT
+        scores = torch.where(right.isfinite(), scores, right)
+        scores = scores if mask.dtype == torch.bool else scores + mask.to(wide)
+        scores = scores.masked_fill(hidden, -math.inf)
+    nothing = (scores == -math.inf).all(-1, keepdim=True)
+    probs = F.dropout(scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0), dropout_p)
+    if mask is None:
+        out = probs @ v
+    else:  # those in a value reach the queries that do see it
+        seen, out = (probs != 0.0).to(wide), probs @ v.nan_to_num(0.0, 0.0, 0.0)
+        up, down = (seen @ bad.to(wide) > 0.0 for bad in (~(v < math.inf), ~(v > -math.inf)))
+        out = out + torch.where(up, math.inf, 0.0) - torch.where(down, math.inf, 0.0)
+    return out.to(dtype), (probs.mean(dim=1) if average else probs).to(dtype)
 
 
 def _keep_off_the_native_path(module, args):
@@ -182,7 +210,9 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
         D = self.head_dim
         q, k, v = (t.view(*t.shape[:2], t.shape[2] // D, D).transpose(1, 2) for t in (q, k, v))
         dropout_p = self.dropout if self.training else 0.0
-        if need_weights or self.head_dim > MAX_HEAD_DIM:
+        if q.device.type not in KERNELS_RUN_ON:
+            out, weights = _attend_by_torch(q, k, v, mask, dropout_p, average=average_attn_weights)
+        elif need_weights or self.head_dim > MAX_HEAD_DIM:
             out, weights = _attend(q, k, v, mask, dropout_p, average=need_weights and average_attn_weights)
         else:
             out, weights = attention_fused(q, k, v, mask, dropout_p, enable_gqa=True), None
@@ -237,12 +267,13 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
     def _project(self, query, key, value):
         """(q [B, L, H * D], k and v [B, S, Hk * D]), with one product for the inputs that are one tensor."""
         E, kv = self.embed_dim, (self.num_kv_heads or self.num_heads) * self.head_dim
-        bias = self.in_proj_bias
+        bias, weight = self.in_proj_bias, self.in_proj_weight if self._qkv_same_embed_dim else self.q_proj_weight
+        if bias is not None:
+            bias = bias.to(weight.dtype)  # some products take two dtypes, by their strides
         if not self._qkv_same_embed_dim:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None,) * 3 if bias is None else bias.split([E, kv, kv])
             return [F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True)]
-        weight = self.in_proj_weight
         if query is key and key is value:
             return F.linear(query, weight, bias).split([E, kv, kv], dim=-1)
         b_q, b_kv = (None, None) if bias is None else bias.split([E, 2 * kv])
@@ -301,13 +332,23 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
             )
         if key_padding_mask is not None:
             raise AssertionError("a NestedTensor has no padding: pass key_padding_mask=None")
-        lengths, layout = [len(t) for t in query.unbind()], query.layout
+        if query.size(0) == key.size(0) == value.size(0) == 0:
+            shape = (0, 0, 0) if average else (0, self.num_heads, 0, 0)
+            return query.clone(), torch.zeros(shape, dtype=query.dtype, device=query.device) if need_weights else None
+        nested, lengths = query, [len(t) for t in query.unbind()]
         key_lengths = torch.tensor([len(t) for t in key.unbind()], device=key.device)
-        query, key, value = _together(lambda t: torch.nested.to_padded_tensor(t, 0.0), query, key, value)
+        query, key, value = _together(_pad, query, key, value)
         padding = torch.arange(key.shape[1], device=key.device) >= key_lengths[:, None]
         out, weights = self.forward(query, key, value, padding, need_weights, attn_mask, average, is_causal)
         parts = [o[:n] for o, n in zip(out, lengths, strict=True)]
-        return torch.nested.as_nested_tensor(parts, layout=layout), weights
+        if nested.layout == torch.jagged:  # with the offsets of query, so that the two can be added
+            return torch.nested.nested_tensor_from_jagged(torch.cat(parts), nested.offsets()), weights
+        return torch.nested.as_nested_tensor(parts, layout=nested.layout), weights
+
+
+def _pad(nested):
+    """A NestedTensor of [L_i, E] as [B, L, E]; to_padded_tensor refuses one without a token."""
+    return torch.nested.to_padded_tensor(nested, 0.0) if nested.numel() else torch.stack(nested.unbind())
 
 
 def _check_types(key_padding_mask, attn_mask, **inputs):
