@@ -3,9 +3,10 @@
     python3 compile_kernels.py [--targets sm_90 gfx942 ...] [--quick]
 
 Each launcher runs as usual, but its launches end after the compiler (Triton carries ptxas and LLVM for all targets).
-A row is a kernel: registers a thread, instructions that spill them to memory, shared memory. Spills, or more shared
-memory than the GPU has, are an error (exit 1). Minutes on two cores the first time; Triton caches the results. --quick,
-for the tests, builds every kernel for every GPU, but leaves out float64, wide float32 and some kinds of mask.
+A row is a kernel: registers a thread, instructions that spill them to memory, shared memory. Spills (but not those in
+unaligned rows), more shared memory than the GPU has, or a product that reads by a stray descriptor are an error (exit
+1). Minutes on two cores the first time; Triton caches the results. --quick, for the tests, builds every kernel for
+every GPU, but leaves out float64, wide float32, some kinds of mask and most builds for unaligned rows.
 """
 
 import argparse
@@ -135,6 +136,69 @@ def meets(kernel):
     return any(re.search("SW+FB+W", order) for order in orders) and all(re.search("BS+F", order) for order in last)
 
 
+def halves(operand, known):
+    """(lower, upper) 32 bits of an operand of machine code, None for what is not a known constant."""
+    if number := re.fullmatch(r"(-?)(0x[0-9a-f]+)", operand):
+        value = int(number[2], 16) * (-1 if number[1] else 1)
+        return value % 2**32, (value >> 32) % 2**32
+    if operand in ("RZ", "URZ"):
+        return 0, 0
+    register = re.fullmatch(r"(-?)(U?R)(\d+)(?:\.reuse)?", operand)
+    if not register:
+        return None, None
+    low, high = (known.get((register[2], int(register[3]) + i)) for i in (0, 1))
+    if register[1]:
+        value = -(high << 32 | low) if None not in (low, high) else None
+        return (None, None) if value is None else (value % 2**32, (value >> 32) % 2**32)
+    return low, high
+
+
+def step(text, known):
+    """The constants in registers behind an instruction, from those before it; carries are taken to be 0."""
+    words = re.sub(r"^@!?U?P\w+ ", "", text).split(" ", 1)
+    operands = [t.strip() for t in words[1].split(",")] if len(words) > 1 else []
+    operands = [t for t in operands if not re.fullmatch(r"!?U?P[T\d]", t)]
+    target = re.fullmatch(r"(U?R)(\d+)", operands[0]) if operands else None
+    if not target or words[0].startswith(("ST", "RED.", "BAR")):
+        return known
+    op, inputs, number = words[0], [halves(t, known) for t in operands[1:]], int(target[2])
+    moves = op in ("MOV", "UMOV", "R2UR") or (op.startswith("IMAD") and operands[1:3] == ["RZ", "RZ"])
+    adds = op.split(".")[0] in ("UIADD3", "IADD3")
+    known, wide = dict(known), 4 if "128" in op else 2 if re.search(r"\.64|WIDE|CS2R", op) else 1
+    if op.startswith("HGMMA"):
+        wide = int(re.search(r"64x(\d+)x", op)[1]) // 2
+    for i in range(wide):
+        terms = [x[i] for x in (inputs[-1:] if moves else inputs)] if i < 2 and (moves or adds) else [None]
+        known[target[1], number + i] = None if None in terms else sum(terms) % 2**32
+    return {register: value for register, value in known.items() if value is not None}
+
+
+def stray(kernel):
+    """How many wgmma read shared memory by a descriptor whose upper half, the layout, is no constant: made from a
+    register that holds something else."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?) *;", cuobjdump(kernel.asm["cubin"], "--dump-sass"))
+    code, places = [text for _, text in found], {int(address, 16): i for i, (address, _) in enumerate(found)}
+    before, work = {0: {}}, [0]
+    while work:
+        i = work.pop()
+        text, after = code[i], step(code[i], before[i])
+        if text.startswith("@"):
+            after = dict(after.items() & before[i].items())
+        jumps = [places[int(t, 16)] for t in re.findall(r"\bBRA\b.*?0x([0-9a-f]+)", text)]
+        ends = re.match(r"EXIT|RET|BRA 0x", text)
+        for j in jumps + [i + 1] * (not ends and i + 1 < len(code)):
+            met = after if j not in before else dict(after.items() & before[j].items())
+            if before.get(j) != met:
+                before[j] = met
+                work.append(j)
+    count = 0
+    for i, known in before.items():
+        if match := re.search(r"HGMMA\S* R\d+, (R\d+, )?gdesc\[UR(\d+)\]", code[i]):
+            uppers = (3,) if match[1] else (1, 3)  # the left operand is in registers, or has a descriptor too
+            count += any(known.get(("UR", int(match[2]) + n)) is None for n in uppers)
+    return count
+
+
 def fused_launches(dtype, D, quick):
     """The fused kernels: causal with grouped heads, whose code has that of full attention in it, and with a bias."""
     name = f"{str(dtype).removeprefix('torch.')} D{D}"
@@ -158,6 +222,33 @@ def fused_launches(dtype, D, quick):
         return
     arguments = (q, q, k, k, bias, None, lse.new_zeros(8, 128, 256, 4), [1, 1, 256, 256], dtype, *scalars, None, None)
     yield f"fused bias gradient {name}", fused_bias_gradient_op, arguments
+
+
+def unaligned(arguments):
+    """The same arguments in rows that begin an element past 16 bytes and keep no alignment."""
+
+    def moved(t):
+        if not isinstance(t, torch.Tensor) or t.dim() != 4:
+            return t
+        sizes = [size if stride else 1 for size, stride in zip(t.shape, t.stride(), strict=True)]
+        return t.new_zeros(*sizes[:3], sizes[3] + 3)[..., 1 : sizes[3] + 1].expand(t.shape)
+
+    return tuple(moved(a) for a in arguments)
+
+
+def narrow_launches():
+    """Values narrower than keys, in unaligned rows: the tiles of both take the same place, in other layouts."""
+    out = []
+    for D, Dv in ((64, 32), (32, 16), (128, 16)):
+        q, v = (torch.zeros(1, dtype=torch.bfloat16).expand(8, 128, 256, d) for d in (D, Dv))
+        q, v = q.contiguous(), v.contiguous()
+        arguments = (q, q, v, None, None, None, 0.1, 0.0, 0.0, None, 0, None, None)
+        out.append((f"fused bfloat16 D{D} Dv{Dv} causal, unaligned rows", fused_op, unaligned(arguments)))
+        lse = torch.zeros(8, 128, 256)
+        arguments = (v, None, q, q, v, None, None, None, v, lse, lse.new_zeros(8, 128, 256, 0), 0.1, 0.0, 0.0, None, 0)
+        label = f"fused backward bfloat16 D{D} Dv{Dv} causal, unaligned rows"
+        out.append((label, fused_backward_op, unaligned(arguments)))
+    return out
 
 
 def launches(architecture, quick=False):
@@ -222,14 +313,17 @@ def launches(architecture, quick=False):
 
 def rows(name, quick):
     """The table for one GPU: [(label, registers, spills, shared KiB, problem or "")]."""
-    out = []
-    for label, launcher, arguments in launches(name, quick):
+    out, builds = [], list(launches(name, quick))
+    plain = [row for row in builds if "on Hopper" not in row[0]]
+    builds += narrow_launches()[: 1 if quick else 6]
+    builds += [] if quick else [(f"{label}, unaligned rows", f, unaligned(a)) for label, f, a in plain]
+    for label, launcher, arguments in builds:
         with compiling_for(name) as built:
             launcher(*arguments)
         for name_of_kernel, kernel in built:
             registers, spills = usage(kernel)
             shared = kernel.metadata.shared / 1024
-            problems = [f"{spills} spills"] if spills else []
+            problems = [f"{spills} spills"] if spills and "unaligned rows" not in label else []  # slow anyway
             problems += [f"shared memory over {SHARED_KIB[name]} KiB"] if shared > SHARED_KIB[name] else []
             overlaps = name_of_kernel in ("_forward_kernel", "_backward_kernel") and "D256" not in label
             if overlaps and registers > 128 and not softmax_beneath(kernel):
@@ -238,6 +332,8 @@ def rows(name, quick):
                 problems.append("Triton has taken a named barrier of the kernel's own")
             if name_of_kernel == "_backward_kernel" and not meets(kernel):
                 problems.append("a barrier is missing")
+            if "wgmma" in kernel.asm.get("ptx", "") and (strays := stray(kernel)):
+                problems.append(f"{strays} products read by a descriptor of something else")
             row = (label + PARTS.get(name_of_kernel, ""), registers, spills, shared, ", ".join(problems))
             out += [row] if row not in out else []
     return out

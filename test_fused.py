@@ -1,5 +1,6 @@
 """What the fused kernel alone has: lse, window, softcap, sinks, the split over keys; and dropout."""
 
+import itertools
 import math
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 
 import triton_attention_fused_backward
 from testing import (
-    BF16, DEVICE, F16, F32, F64, INF, NAN, T, compare, fused, outputs_and_grads, randn, torch_fused,
-    torch_visible,
+    BF16, DEVICE, F16, F32, F64, INF, NAN, T, compare, fused, outputs_and_grads, randn, staged, torch_fused,
+    torch_staged, torch_visible,
 )
 from triton_attention_fused import attention_fused, merge_attention
 from triton_attention_launch import INTERPRETED
@@ -192,6 +193,30 @@ def test_merge_attention():
     assert (o == 0).all() and (lse == -INF).all()
     with torch.no_grad():
         assert merge_attention(*(t.half() for t in fused(q, k, v)), *fused(q, k, v))[0].dtype == F16
+
+
+PAIRS = [(40, 16)] if INTERPRETED else list(itertools.product((16, 32, 40, 64, 128), repeat=2))
+
+
+@pytest.mark.parametrize("D,Dv", PAIRS)
+def test_unaligned_rows(D, Dv):
+    """Rows that no wide load can read, dO's too; PyTorch gets copies, its own kernels fault on such rows."""
+    dtype = F16 if INTERPRETED or D < Dv or D == 64 else BF16
+
+    def spaced(outs):
+        before, after = (outs[0].new_zeros(*outs[0].shape[:3], n) for n in (1, 2))
+        return torch.cat([before, outs[0], after], 3), *outs[1:]
+
+    def against(ours, theirs, **options):
+        compare(lambda *a: spaced(ours(*a, **options)),
+                lambda *a: spaced(theirs(*(t.contiguous() for t in a), **options)), q, k, v)
+
+    for M, N in ((33, 40),) if INTERPRETED else ((63, 63), (130, 140)):
+        q, k, v = (randn(2, 3, n, d, dtype=dtype, layout="unaligned") for n, d in ((M, D), (N, D), (N, Dv)))
+        for options in ({}, {"is_causal": True}):
+            against(fused, torch_fused, **options)
+            against(staged, torch_staged, **options)
+        against(fused, torch_fused, window_size=(7, 3))
 
 
 def test_wide_heads():

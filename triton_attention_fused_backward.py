@@ -17,7 +17,7 @@ Dao et al., "FlashAttention", 2022, appendix B; Dao, "FlashAttention-2", 2023, s
 
 import torch
 
-from triton_attention_device import INTERPRETED, processors  # before triton: it chooses the mode
+from triton_attention_device import INTERPRETED, TRITON, architecture, processors  # before triton: it chooses the mode
 import triton
 import triton.language as tl
 
@@ -334,6 +334,17 @@ def paired(q, mask):
     return exact(q.dtype) or (mask is not None and mask.dtype != torch.bool)
 
 
+def misplaced(v):
+    """Whether the kernels must not multiply by a V of fewer than 64 columns: where its tile is not loaded ahead, it
+    lies where K's did, and the ptxas of Triton 3.6 makes its wgmma descriptors of a register that holds something else.
+    """
+    if INTERPRETED or TRITON >= (3, 8) or architecture(v.device) != "sm_90":
+        return False
+    if must_dispatch((v,)) or v.stride(3) != 1 or v.shape[3] % 2:  # no address yet; not the 4 bytes of a copy
+        return True
+    return any(x % 16 for x in (v.data_ptr(), *v.stride()[:3]))
+
+
 def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
     """What the launchers share: (q, v, mask, strides of the mask, scalars, constants).
 
@@ -354,8 +365,7 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
     sign = 1 if scaled else (scale > 0) - (scale < 0)
     scalars = (scale * sign if sign else 1.0, dropout_p, keep_factor)
     D, DV = int(q.shape[3]), int(v.shape[3])
-    # the ptxas of Triton 3.6 lets wgmma read V by a register that it never set, if V is narrow and padded
-    narrowest = 64 if q.element_size() == 2 and DV != max(16, triton.next_power_of_2(DV)) else 16
+    narrowest = 64 if q.element_size() == 2 and misplaced(v) else 16
     constants = {
         "D": D, "DV": DV, "SIGN": sign, "LEFT": left is not None, "RIGHT": right is not None, "HAS_MASK": has_mask,
         "HAS_BIAS": has_bias, "SOFTCAP": softcap, "SCALED": scaled,
