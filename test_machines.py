@@ -416,13 +416,13 @@ def test_gpu_fused_hopper_gradients(D, monkeypatch):
     torch.testing.assert_close(hidden[:, :, 768:800], clean[:, :, 768:800], rtol=1e-2, atol=2e-3)  # O is computed anew
 
 
-@pytest.mark.skipif(hopper("triton_attention_hopper") is None, reason="needs a Hopper GPU")
+@pytest.mark.skipif(hopper("triton_attention_hopper", DEVICE) is None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("D", (64, 128))
 def test_gpu_hopper_infinite_and_huge_keys(D, monkeypatch):
     """Keys that score -inf fill the tiles that come first; keys that no query sees hold huge numbers, inf and NaN."""
     for name in ("triton_attention_hopper", "triton_attention_hopper_backward"):
         for limit in ("SMALLEST", "FEWEST"):
-            monkeypatch.setattr(hopper(name), limit, 0)
+            monkeypatch.setattr(hopper(name, DEVICE), limit, 0)
     q, k, v = (torch.randn(1, 4, n, D, device=DEVICE, dtype=BF16) for n in (700, 900, 900))
     infinite, positive = k.clone(), q.clone()
     infinite[:, :, 300:, 0], positive[..., 0] = -INF, q[..., 0].abs() + 0.5

@@ -114,6 +114,9 @@ def _walk_keys(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_parts(k_ptr, k_strides, (N, D), offs_n, offs_d, PRECISION, MASKED, D != BLOCK_D)
         v = load_parts(v_ptr, v_strides, (N, DV), offs_n, offs_e, PRECISION, MASKED, DV != BLOCK_DV)
+        if MASKED and (LEFT or RIGHT or HAS_MASK or HAS_BIAS):
+            # NaN or inf in a hidden key, times its dS of 0, would be NaN. (Who sees a NaN has it in lse already.)
+            k = map_finite(k, PRECISION)
         zeros = tl.zeros([offs_m.shape[0], BLOCK_N], dq.dtype)
         qk = rows_dot(q, q_at, k, (k_ptr, k_strides[0], k_strides[1], N, offs_n), zeros, D, PRECISION)
         dp = rows_dot(do, do_at, v, (v_ptr, v_strides[0], v_strides[1], N, offs_n), zeros, DV, PRECISION)
@@ -125,10 +128,6 @@ def _walk_keys(
             keep = keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N)
             dp = tl.where(keep, dp * keep_factor, 0.0)
         ds_logits, ds = dscores(p, dp, tanh, rows[2], rows[2], 0, MASKED, SOFTCAP, False)  # no rest yet
-        if MASKED and (LEFT or RIGHT or HAS_MASK or HAS_BIAS):
-            # NaN or inf in a hidden key, times its dS of 0, would be NaN; not for the scores, which inf in a key that
-            # is seen makes -inf. (A query that sees NaN has it in lse already.)
-            k = map_finite(k, PRECISION)
         if EXACT:
             left_over += tl.sum(ds_logits, 1)
             if SOFTCAP > 0.0:

@@ -91,9 +91,10 @@ def whole(parts, PRECISION: tl.constexpr):
 
 @triton.jit
 def map_finite(parts, PRECISION: tl.constexpr):
-    """load_parts with zeros for NaN and infinity."""
-    finite = tl.abs(parts[0]) < float("inf")
-    high = tl.where(finite, parts[0], 0.0).to(parts[0].dtype)
+    """load_parts with large numbers for NaN and infinity: large, so that scores of -inf stay scores without weight."""
+    LARGE: tl.constexpr = 65504.0 if parts[0].dtype == tl.float16 else 2.0**100
+    large = tl.where(parts[0] > 0.0, LARGE, -LARGE).to(parts[0].dtype)
+    high = tl.where(tl.abs(parts[0]) < float("inf"), parts[0], large)
     if PRECISION == "parts":
         return high, parts[1], parts[2]
     else:
