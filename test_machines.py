@@ -229,6 +229,31 @@ def test_every_kernel_compiles_for_every_gpu():
     assert all(f"{name} " in run.stdout for name in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"))
 
 
+DYNAMIC = """
+import torch, triton
+import triton_attention_checks
+from triton_attention_layer import TritonMultiheadAttention
+from compile_kernels import OfflineDriver
+triton_attention_checks.INTERPRETED = True  # a CPU's tensors stand for a GPU's: nothing is launched
+triton.runtime.driver.set_active(OfflineDriver(triton.backends.compiler.GPUTarget("cuda", 90, 32)))
+layer, x = TritonMultiheadAttention(16, 2, batch_first=True), torch.randn(2, 7, 16)
+sizes = {"query": {0: torch.export.Dim("b"), 1: torch.export.Dim("l")}}
+sizes |= {"key": sizes["query"], "value": sizes["query"], "need_weights": None}
+for weights in (True, False):
+    program = torch.export.export(layer, (x, x, x), {"need_weights": weights}, dynamic_shapes=sizes)
+    print(*(node.target for node in program.graph.nodes if "triton_attention" in str(node.target)))
+"""
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a process of its own, without a GPU")
+def test_export_with_a_dynamic_length_of_compiled_kernels():
+    """Their operators' shapes come without a look at the launcher, whose tiles depend on the length."""
+    run = run_python(DYNAMIC, TRITON_INTERPRET="0")
+    name = "triton_attention.{}.default".format
+    expected = [" ".join(map(name, ("scores", "softmax", "values"))), name("fused")]
+    assert run.stdout.splitlines() == expected, run.stderr[-3000:]
+
+
 # ---- what only a GPU shows
 
 

@@ -157,20 +157,27 @@ def replayable(function):
 
 
 @torch._dynamo.assume_constant_result
+def _is_exporting():
+    return torch.compiler.is_exporting()  # which torch.compile of torch 2.11 takes for True
+
+
+@torch._dynamo.assume_constant_result
 def _inside_transform():
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def differentiate(function, *args):
     """`function.apply(*args)`, or its forward alone where nobody can ask for a gradient (saves 15 us)."""
-    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
-        return function.forward(*args)  # what apply leaves in such a graph has no gradient, or cannot be run
+    if _is_exporting() and not _inside_transform():
+        return function.forward(*args)  # the operators have derivatives; what apply leaves in the graph has none
     if torch.compiler.is_dynamo_compiling():
         if _inside_transform():  # of torch.func, of which torch.compile's own way with Functions loses gradients
             return function.node(*args)
         # torch.compile takes no tensor twice: self-attention on a plain x would be refused
         again = [any(a is b for b in args[:i]) and isinstance(a, torch.Tensor) for i, a in enumerate(args)]
         return function.apply(*(a.view_as(a) if twice else a for a, twice in zip(args, again, strict=True)))
+    if torch._C._get_tracing_state() is not None:
+        return function.forward(*args)  # torch.jit.trace too, and could not run what apply leaves
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return function.apply(*args)
     args = unwrap_dead_wrappers(args)  # what torch.func.vjp saved, after it has returned
