@@ -89,6 +89,12 @@ def torch_softmax(s, mask=None, is_causal=False):
     return torch._safe_softmax(s, -1)
 
 
+def torch_logsumexp(s, dim):
+    """torch.logsumexp, whose gradient comes from its rounded value and is wrong beside a huge number."""
+    top = s.amax(dim, keepdim=True).detach()
+    return (s - top).exp().sum(dim).log() + top.squeeze(dim)
+
+
 def torch_values(p, v, is_causal=False):
     p = p.tril() if is_causal else p
     return p.to(v.dtype) @ heads_of(v, p.shape[1])
@@ -120,7 +126,8 @@ def torch_fused(
     nothing = (s == -INF).all(-1)
     s = s.masked_fill(nothing[..., None], 0.0)  # logsumexp has no gradient at -inf
     probs = s.softmax(-1).masked_fill(nothing[..., None], 0.0)[..., :N]
-    return torch_values(probs if keep is None else probs * keep, v), s.logsumexp(-1).masked_fill(nothing, -INF)
+    lse = torch_logsumexp(s, -1).masked_fill(nothing, -INF)
+    return torch_values(probs if keep is None else probs * keep, v), lse
 
 
 def double(x):
