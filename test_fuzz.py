@@ -15,14 +15,15 @@ def run(capsys, *options):
 
 
 def test_a_few_calls(capsys):
-    code, lines = run(capsys, "--seed", 4, "--calls", 6, "--only", "softmax")
-    assert code == 0 and lines[-1].startswith("6 calls") and " 0 wrong: 6 softmax" in lines[-1], lines
+    code, lines = run(capsys, "--seed", 29, "--calls", 3, "--only", "softmax")
+    assert code == 0 and lines[-1].startswith("3 calls") and " 0 wrong: 3 softmax" in lines[-1], lines
 
 
 def test_a_planted_fault_is_noticed_and_its_line_repeats_it(capsys, monkeypatch):
+    monkeypatch.setattr(fuzz, "DRAWS", 2)
     right = fuzz_calls.attention_scores
     monkeypatch.setattr(fuzz_calls, "attention_scores", lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
-    code, lines = run(capsys, "--seed", 4, "--calls", 3, "--only", "scores")
+    code, lines = run(capsys, "--seed", 18, "--calls", 1, "--only", "scores")
     wrong = [line for line in lines if line.startswith("python3 fuzz.py")]
     assert code == 1 and wrong and f" {len(wrong)} wrong" in lines[-1], lines
     command, _, what = wrong[0].partition("  # ")
