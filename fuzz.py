@@ -109,7 +109,7 @@ def adapt_mask(c, exact, lower):
         exact["mask"].masked_fill_((exact["mask"] < -1e6) & exact["mask"].isfinite(), -1e300)
         t = lower["mask"]
         if t.dtype != c.dtype:
-            lowest = torch.finfo(c.dtype).min
+            lowest = max(torch.finfo(dtype).min for dtype in (c.dtype, F32))
             lower["mask"] = t.where(t == -INF, t.clamp(lowest)).to(c.dtype).requires_grad_(t.requires_grad)
 
 

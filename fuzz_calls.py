@@ -125,7 +125,7 @@ def possible(c):
     if c.values == "large" and c.scale is not None:
         c.scale = None  # float16 overflows
     if c.dtype == F64:  # an error in S moves P by as much, and nothing is more exact to tell how large it may be
-        c.scale, c.values = None if c.scale in (1.0, 30.0) else c.scale, "normal"
+        c.scale, c.values = c.scale if c.scale in (0.0, 1e-4) else None, "normal"
     if c.mask and c.fill == -1e9:
         if c.dtype == F64:
             c.fill = "finfo.min"
@@ -164,7 +164,7 @@ def build(c, seed):
         E = c.H * c.D
         inputs = {"q": randn(c.B, 1, c.M, E, dtype=c.dtype, layout=c.layouts[0], grad=False)[:, 0]}
         inputs |= {n: randn(c.B, 1, c.N, E, dtype=c.dtype, layout=c.layouts[1], grad=False)[:, 0] for n in "kv"}
-        inputs |= {name: 0.3 * torch.randn_like(p) for name, p in layer_of(c).named_parameters()}
+        inputs |= {name: E**-0.5 * torch.randn_like(p) for name, p in layer_of(c).named_parameters()}
     else:
         inputs = {"q": make(c.M, c.D), "k": make(c.N, c.D, c.Hk, 1), "v": make(c.N, c.Dv, c.Hk, 2)}
         if c.kind == "scores":

@@ -91,6 +91,8 @@ def torch_softmax(s, mask=None, is_causal=False):
 
 def torch_logsumexp(s, dim):
     """torch.logsumexp, whose gradient comes from its rounded value and is wrong beside a huge number."""
+    if s.shape[dim] == 0:
+        return s.logsumexp(dim)
     top = s.amax(dim, keepdim=True).detach()
     return (s - top).exp().sum(dim).log() + top.squeeze(dim)
 
