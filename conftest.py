@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-import triton_attention_launch
-from triton_attention_device import DEVICE, INTERPRETED
+from testing import hopper_kernels
+from triton_attention_device import INTERPRETED
 
 if INTERPRETED:
     import strict_interpreter  # noqa: F401
@@ -28,15 +28,9 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(autouse=True)
-def _hopper(request, monkeypatch):
+def _hopper(request):
     choice = request.config.getoption("--hopper")
-    if choice == "never":
-        if "hopper" in request.node.name:
-            pytest.skip("--hopper never")
-        monkeypatch.setattr(triton_attention_launch, "_import", lambda module: None)
-    if choice == "always":
-        for name in ("triton_attention_scores_hopper", "triton_attention_hopper", "triton_attention_hopper_backward"):
-            kernels = triton_attention_launch.hopper(name, DEVICE)
-            for limit in ("SMALLEST", "FEWEST"):
-                if hasattr(kernels, limit):
-                    monkeypatch.setattr(kernels, limit, 0)
+    if choice == "never" and "hopper" in request.node.name:
+        pytest.skip("--hopper never")
+    with hopper_kernels(choice):
+        yield

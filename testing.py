@@ -4,6 +4,7 @@ A result is right if its error against float64 is at most twice that of PyTorch 
 step. (A result in float64 may be 32 steps off: so many has the reference of its own.)
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import triton_attention_launch
 from triton_attention_device import DEVICE, INTERPRETED
 from triton_attention_fused import attention_fused
 from triton_attention_layer import attention_staged
@@ -54,6 +56,10 @@ def randn(*shape, dtype=F32, layout="plain", grad=True):
         x = torch.randn(*shape[:3], 2 * shape[3], dtype=dtype, device=DEVICE)[..., ::2]
     elif layout == "expanded":
         x = torch.randn(shape[0], 1, *shape[2:], dtype=dtype, device=DEVICE).expand(shape)
+    elif layout == "sliced":  # rows begin where their elements may, not at 16 bytes
+        x = torch.randn(*shape[:3], shape[3] + 3, dtype=dtype, device=DEVICE)[..., 1:-2]
+    elif layout == "packed":  # the middle one of Q, K and V that one projection left next to each other
+        x = torch.randn(shape[0], shape[2], 3, shape[1], shape[3], dtype=dtype, device=DEVICE)[:, :, 1].transpose(1, 2)
     return x.detach().requires_grad_(grad)
 
 
@@ -85,13 +91,23 @@ def torch_softmax(s, mask=None, is_causal=False):
     return torch._safe_softmax(s, -1)
 
 
+def torch_logsumexp(s, dim):
+    """torch.logsumexp, whose gradient comes from its rounded value and is wrong beside a huge number."""
+    if s.shape[dim] == 0:
+        return s.logsumexp(dim)
+    top = s.amax(dim, keepdim=True).detach()
+    return (s - top).exp().sum(dim).log() + top.squeeze(dim)
+
+
 def torch_values(p, v, is_causal=False):
     p = p.tril() if is_causal else p
-    return p @ heads_of(v, p.shape[1])
+    return p.to(v.dtype) @ heads_of(v, p.shape[1])
 
 
-def torch_staged(q, k, v, mask=None, is_causal=False, scale=None):
+def torch_staged(q, k, v, mask=None, is_causal=False, scale=None, keep=None):
+    """(O, P); keep is a dropout mask with its factor."""
     probs = torch_softmax(torch_scores(q, k, scale), mask, is_causal)
+    probs = probs if keep is None else probs * keep
     return torch_values(probs, v), probs
 
 
@@ -114,7 +130,8 @@ def torch_fused(
     nothing = (s == -INF).all(-1)
     s = s.masked_fill(nothing[..., None], 0.0)  # logsumexp has no gradient at -inf
     probs = s.softmax(-1).masked_fill(nothing[..., None], 0.0)[..., :N]
-    return torch_values(probs if keep is None else probs * keep, v), s.logsumexp(-1).masked_fill(nothing, -INF)
+    lse = torch_logsumexp(s, -1).masked_fill(nothing, -INF)
+    return torch_values(probs if keep is None else probs * keep, v), lse
 
 
 def double(x):
@@ -136,20 +153,26 @@ def outputs_and_grads(function, args, kwargs, cotangents):
     return results
 
 
-def assert_close(ours, lower, exact, what=""):
-    """|ours - exact| <= 2 |torch in the same dtype - exact| + one rounding step; NaN and inf where exact has them."""
+def errors(ours, lower, exact, what=""):
+    """(our largest error, torch's in the same dtype, one rounding step); NaN and inf must be where exact has them."""
     assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     if exact.numel() == 0:
-        return
+        return 0.0, 0.0, 0.0
     ours64, lower64, exact = ours.detach().double(), lower.detach().double(), exact.detach()
     finite = exact.isfinite()
     assert torch.equal(ours64.isfinite(), finite), f"{what}: {(ours64.isfinite() != finite).sum()} misplaced NaN or inf"
     assert torch.equal(ours64[~finite].nan_to_num(), exact[~finite].nan_to_num()), f"{what}: other NaN or inf"
     if not finite.any():
-        return
+        return 0.0, 0.0, 0.0
+    error, lower_error = ((t - exact)[finite].abs().max().item() for t in (ours64, lower64))
     step = torch.finfo(ours.dtype).eps * exact[finite].abs().max().item()
-    allowed = 2 * (lower64 - exact)[finite].abs().max().item() + (32 * step if ours.dtype == F64 else step)
-    error = (ours64 - exact)[finite].abs().max().item()
+    return error, lower_error, 32 * step if ours.dtype == F64 else step
+
+
+def assert_close(ours, lower, exact, what=""):
+    """|ours - exact| <= 2 |torch in the same dtype - exact| + one rounding step; NaN and inf where exact has them."""
+    error, lower_error, step = errors(ours, lower, exact, what)
+    allowed = 2 * lower_error + step
     assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e} ({ours.dtype})"
 
 
@@ -194,6 +217,23 @@ ATTENTION = {
 def T(*shape, dtype=F32):
     """Zeros."""
     return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+
+@contextlib.contextmanager
+def hopper_kernels(choice):
+    """Inside, on a Hopper GPU, its kernels run "always" (wherever they can, small cases too), "never", or "auto"."""
+    with pytest.MonkeyPatch.context() as patch:
+        if choice == "never":
+            patch.setattr(triton_attention_launch, "_import", lambda module: None)
+        if choice == "always":
+            for name in (
+                "triton_attention_scores_hopper", "triton_attention_hopper", "triton_attention_hopper_backward"
+            ):
+                kernels = triton_attention_launch.hopper(name, DEVICE)
+                for limit in ("SMALLEST", "FEWEST"):
+                    if hasattr(kernels, limit):
+                        patch.setattr(kernels, limit, 0)
+        yield
 
 
 def run_python(code, **env):
