@@ -122,6 +122,8 @@ def possible(c):
         c.dtype, c.autocast = F32, random.Random(c.seed).choice((F16, BF16))
     if c.values == "infinite keys":  # the gradient of the queries is 0 * inf
         c.wants, c.scale = [], None
+        if c.kind in ("fused", "merge"):  # a whole tile of them
+            c.block, c.M = c.block or 16, min(c.M, 16) if INTERPRETED else c.M
     if c.values == "large" and c.scale is not None:
         c.scale = None  # float16 overflows
     if c.dtype == F64:  # an error in S moves P by as much, and nothing is more exact to tell how large it may be
@@ -133,7 +135,8 @@ def possible(c):
             c.scale, c.values = None, "normal"
     if INTERPRETED:  # a tile of scores takes 3 ms, and as much a key where a NaN has to be avoided
         c.N = min(c.N, 24) if c.poison else c.N
-        if c.block and c.B * c.H * -(-c.M // c.block) * -(-c.N // c.block) > 16:
+        few = 48 if c.values == "infinite keys" else 16
+        if c.block and c.B * c.H * -(-c.M // c.block) * -(-c.N // c.block) > few:
             c.block = None
         c.mode = "once" if c.mode == "three calls" else c.mode
     if c.mode in ("no_grad", "inference"):
