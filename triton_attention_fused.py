@@ -82,12 +82,13 @@ def _walk(
 @triton.jit
 def _walk_one_by_one(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
-    m_i, begin, end, M, N, left, right, scale, dropout_p,
+    m_i, l_i, begin, end, M, N, left, right, scale, dropout_p,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """acc of a few rows, without the products 0 * NaN of a dot; m_i is their final maximum."""
+    """(acc, l_i) of a few rows, without the products 0 * NaN of a dot. m_i is their final maximum, l_i what a sink adds to
+    the sum, which is that of these weights: scores are rounded otherwise than those of a dot."""
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q = whole(load_parts(q_ptr, q_strides, (M, D), offs_m, offs_d, PRECISION), PRECISION).to(m_i.dtype) * SIGN
     acc = tl.zeros([offs_m.shape[0], BLOCK_DV], m_i.dtype)
@@ -99,13 +100,14 @@ def _walk_one_by_one(
             scale, True, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
         )
         p = exponential(x, raw, m_i[:, None], scale, True, HAS_BIAS, SOFTCAP, SCALED)
+        l_i += tl.sum(p, 1)
         if DROPOUT:
             keep = keep_mask(seed, off_b, off_h, offs_m, n // 16 * 16, dropout_p, 16)
             here = tl.sum(tl.where(tl.arange(0, 16)[None, :] == n % 16, keep, 0).to(tl.int32), 1)
             p = tl.where(here[:, None] > 0, p, 0.0)
         v = whole(load_parts(v_ptr, v_strides, (N, DV), offs_n, offs_e, PRECISION), PRECISION).to(m_i.dtype)
         acc += tl.where(p == 0.0, 0.0, p * v)
-    return acc
+    return acc, l_i
 
 
 @triton.jit(do_not_specialize=["H", "GROUP", "M", "N", "left", "right", "chunk"])
@@ -180,16 +182,19 @@ def _fwd_kernel(
                 chosen = first + tl.arange(0, FEW)
                 here = tl.arange(0, BLOCK_M)[None, :] == chosen[:, None]
                 m_few = tl.max(tl.where(here, m_i[None, :], float("-inf")), 1)
-                factor_few = tl.sum(tl.where(here, factor[None, :], 0.0), 1)
-                acc_few = _walk_one_by_one(
+                factor_few = tl.sum(tl.where(here, (factor * l_i)[None, :], 0.0), 1)
+                l_few = tl.zeros([FEW], ACC)
+                if HAS_SINKS:
+                    sink = tl.sum(tl.where(here, sinks[None, :], 0.0), 1)
+                    l_few = tl.where(split == 0, tl.exp(sink - m_few), 0.0)
+                acc_few, l_few = _walk_one_by_one(
                     q_ptr, (stride_qm, stride_qd), k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides,
-                    seed, off_b, off_h, start_m + chosen, m_few, bounds[0], bounds[3], M, N, left, right, scale,
+                    seed, off_b, off_h, start_m + chosen, m_few, l_few, bounds[0], bounds[3], M, N, left, right, scale,
                     dropout_p, D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PRECISION,
                     BLOCK_D, BLOCK_DV,
                 )
-                store_tile(
-                    o_ptr, (stride_om, stride_od), (M, DV), start_m + chosen, offs_e, acc_few * factor_few[:, None]
-                )
+                acc_few *= (factor_few * inverse_sum(l_few))[:, None]
+                store_tile(o_ptr, (stride_om, stride_od), (M, DV), start_m + chosen, offs_e, acc_few)
 
 
 def _outputs(q, k, v, mask, *_):
