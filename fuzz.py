@@ -107,10 +107,10 @@ def adapt_mask(c, exact, lower):
     the scores' dtype, where a finite number is not to become -inf."""
     if c.mask in ("float", "float32"):
         exact["mask"].masked_fill_((exact["mask"] < -1e6) & exact["mask"].isfinite(), -1e300)
-        t = lower["mask"]
-        if t.dtype != c.dtype:
-            lowest = max(torch.finfo(dtype).min for dtype in (c.dtype, F32))
-            lower["mask"] = t.where(t == -INF, t.clamp(lowest)).to(c.dtype).requires_grad_(t.requires_grad)
+        t, dtype = lower["mask"], dtype_of(c, 0)
+        if t.dtype != dtype:
+            lowest = max(torch.finfo(dtype).min for dtype in (dtype, F32))
+            lower["mask"] = t.where(t == -INF, t.clamp(lowest)).to(dtype).requires_grad_(t.requires_grad)
 
 
 def memory(t):
@@ -132,8 +132,9 @@ def measure(c, seed):
         torch._dynamo.reset()
         call = torch.compile(call, backend="aot_eager" if INTERPRETED else "inductor")
     inputs = build(c, seed)
-    exact_in, lower_in = copies(inputs, F64), copies(inputs, vars(c).get("autocast"))
+    exact_in, lower_in = copies(inputs, F64), copies(inputs)
     adapt_mask(c, exact_in, lower_in)
+    lower_in |= copies({name: t for name, t in lower_in.items() if name != "mask"}, dtype_of(c, 0))  # under autocast
     hidden = poison(c, inputs)
     theirs = functools.partial(reference, c, keep_of(c) if c.dropout else None)
     with torch.no_grad():
