@@ -49,7 +49,7 @@ if INTERPRETED:
     import strict_interpreter  # noqa: F401
 
 
-OUT_OF_RANGE = "out of the range of its dtype"
+OUT_OF_RANGE, TOO_LARGE = "out of the range of its dtype", "with a tile that does not fit"
 
 
 def results_of(function, c, inputs, cotangents, context):
@@ -216,10 +216,12 @@ def main(argv=None):
                 what = check(c)
             except Exception as error:
                 what = f"{type(error).__name__}: {error}".split("\n")[0]
+                if c.block and "does not fit this GPU" in what:  # as it should say
+                    what = TOO_LARGE
             done += 1
-            counts.update([c.kind, c.mode] + [what] * (what == OUT_OF_RANGE))
+            counts.update([c.kind, c.mode] + [what] * (what in (OUT_OF_RANGE, TOO_LARGE)))
             bar.update()
-            if what not in (None, OUT_OF_RANGE):
+            if what not in (None, OUT_OF_RANGE, TOO_LARGE):
                 wrong += 1
                 hopper = "" if args.hopper == "auto" else f" --hopper {args.hopper}"
                 tqdm.write(f"python3 fuzz.py --seed {c.seed} --calls 1{hopper}  # {c}: {what}", file=sys.stdout)

@@ -385,6 +385,8 @@ def test_layer_takes_nested_tensors_without_a_token():
         if B:
             torch.cat(out.unbind()).sum().backward()
             assert x.grad.is_nested and all((p.grad == 0).all() for p in mine.parameters())
+            if DEVICE.type == "cuda":  # where torch's layer norm of nothing is an invalid argument
+                continue
             with torch.no_grad():
                 exact = encoder(x.detach()) if x.layout == torch.strided else x  # torch's refuses a jagged one
                 encoder.self_attn = mine

@@ -231,10 +231,11 @@ def test_every_kernel_compiles_for_every_gpu():
 
 DYNAMIC = """
 import torch, triton
-import triton_attention_checks
+import triton_attention_checks, triton_attention_layer
 from triton_attention_layer import TritonMultiheadAttention
 from compile_kernels import OfflineDriver
 triton_attention_checks.INTERPRETED = True  # a CPU's tensors stand for a GPU's: nothing is launched
+triton_attention_layer.KERNELS_RUN_ON += ("cpu",)
 triton.runtime.driver.set_active(OfflineDriver(triton.backends.compiler.GPUTarget("cuda", 90, 32)))
 layer, x = TritonMultiheadAttention(16, 2, batch_first=True), torch.randn(2, 7, 16)
 sizes = {"query": {0: torch.export.Dim("b"), 1: torch.export.Dim("l")}}
@@ -466,8 +467,12 @@ def test_gpu_hopper_infinite_and_huge_keys(D, monkeypatch):
             inputs = [q.clone(), *(t.masked_fill(unseen, fill) for t in (k, v))]
             out = fused(*[t.requires_grad_() for t in inputs], **options)[0]
             results.append((out, *torch.autograd.grad(out.sum(), inputs)))
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), options
+        for fill, other in zip((2e38, -2e38, INF, NAN), results[1:], strict=True):
+            for a, b in zip(results[0], other, strict=True):
+                if fill in (INF, NAN):  # O of the last tiles is computed anew
+                    torch.testing.assert_close(a, b, rtol=2e-2, atol=4e-3, msg=f"{fill} {options}")
+                else:
+                    assert torch.equal(a, b), (fill, options)
 
 
 @GPU

@@ -104,17 +104,22 @@ def _(info, in_dims, like, number=0):
 
 @seed_op.register_torch_dispatch(ProxyTorchDispatchMode)
 def _(mode, op, types, args=(), kwargs=None):
-    """In the graphs of torch.compile no two draws are one, and no draw is made twice: where PyTorch has backward
-    compute activations again, it does so from the generator's state before if a node is marked like a checkpoint."""
+    """In the graphs of torch.compile no two draws are one, and no draw is made twice: a seed is saved, also within a
+    checkpoint. Only a small memory budget saves nothing but inputs; then the draw is marked, so that PyTorch makes it
+    again from the generator's state before. (On a GPU that state is a copy, which manual_seed does not reach.)"""
     meta, number = torch.fx.traceback.get_current_meta(), sum(node.target is op for node in mode.tracer.graph.nodes)
-    marks = "recompute" not in meta and torch._functorch.config.activation_memory_budget < 1
-    if marks:
-        meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+    before = meta.get("recompute")
+    if torch._functorch.config.activation_memory_budget < 1:
+        meta["recompute"] = before or CheckpointPolicy.PREFER_RECOMPUTE
+    elif before:
+        meta["recompute"] = CheckpointPolicy.MUST_SAVE
     try:
         return mode.__torch_dispatch__(op, types, (args[0], number), {})
     finally:
-        if marks:
-            del meta["recompute"]
+        if before:
+            meta["recompute"] = before
+        else:
+            meta.pop("recompute", None)
 
 
 def draw_seed(like):
