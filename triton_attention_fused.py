@@ -87,8 +87,8 @@ def _walk_one_by_one(
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """(acc, l_i) of a few rows, without the products 0 * NaN of a dot. m_i is their final maximum, l_i what a sink adds to
-    the sum, which is that of these weights: scores are rounded otherwise than those of a dot."""
+    """(acc, l_i) of a few rows, without the products 0 * NaN of a dot. m_i is their final maximum, l_i what a sink adds
+    to the sum, which is that of these weights: scores are rounded otherwise than those of a dot."""
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q = whole(load_parts(q_ptr, q_strides, (M, D), offs_m, offs_d, PRECISION), PRECISION).to(m_i.dtype) * SIGN
     acc = tl.zeros([offs_m.shape[0], BLOCK_DV], m_i.dtype)
