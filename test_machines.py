@@ -468,11 +468,9 @@ def test_gpu_hopper_infinite_and_huge_keys(D, monkeypatch):
             out = fused(*[t.requires_grad_() for t in inputs], **options)[0]
             results.append((out, *torch.autograd.grad(out.sum(), inputs)))
         for fill, other in zip((2e38, -2e38, INF, NAN), results[1:], strict=True):
-            for a, b in zip(results[0], other, strict=True):
-                if fill in (INF, NAN):  # O of the last tiles is computed anew
-                    torch.testing.assert_close(a, b, rtol=2e-2, atol=4e-3, msg=f"{fill} {options}")
-                else:
-                    assert torch.equal(a, b), (fill, options)
+            for name, a, b in zip(("O", "dQ", "dK", "dV"), results[0], other, strict=True):
+                # not the same bits: O of tiles where some row, if only one past the end, came to NaN is computed anew
+                torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-2, msg=f"{name} {fill} {options}")
 
 
 @GPU
@@ -561,7 +559,7 @@ def test_gpu_threads_streams_and_a_memory_pool(monkeypatch):
         expected = [[t.detach() for t in causal_step(*batch)] for batch in work]
     triton_attention_device._counters.clear()  # each stream's is made in a pool, or beside one
     torch.cuda.synchronize()
-    together = threading.Barrier(2, timeout=300)
+    together, pools = threading.Barrier(2, timeout=300), []
 
     def steps(thread):
         with torch.cuda.device(work[thread][0].device), torch.cuda.stream(torch.cuda.Stream()):
@@ -573,12 +571,12 @@ def test_gpu_threads_streams_and_a_memory_pool(monkeypatch):
                     outs = [causal_step(*work[thread]) for _ in range(4)]
                 right = all(torch.equal(*pair) for step in outs for pair in zip(step, expected[thread], strict=True))
                 used = len(pool.snapshot())
+                pools.append(pool)
                 del outs
                 gc.collect()
                 blocks = [block for part in pool.snapshot() for block in part["blocks"]]
                 kept = [block for block in blocks if block["state"] == "active_allocated"]
                 yield right, bool(used), kept
-                del pool
 
     with ThreadPoolExecutor(2) as threads:
         results = list(threads.map(lambda thread: list(steps(thread)), range(2)))

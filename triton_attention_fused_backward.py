@@ -46,7 +46,8 @@ def _normalizer(lse_ptr, stats_ptr, row, offs_m, M, PAIRED: tl.constexpr):
 
 @triton.jit
 def load_record(record_ptr, row, offs_m, M):
-    """(top, inverse, delta, rest) of queries: P = e^(logits - top) * inverse, dS = P * (dP - delta - rest).
+    """(top, inverse, delta, rest) of queries: P = e^(logits - top) * inverse, dS = P * (dP - delta - rest). The top of
+    a query past the last is inf.
 
     In one piece: four loads of a number a query would each be made by all the threads that need one of them.
     """
@@ -55,7 +56,7 @@ def load_record(record_ptr, row, offs_m, M):
     even, odd = tl.split(tl.reshape(record, [record.shape[0], 2, 2]))
     top, delta = tl.split(even)
     inverse, rest = tl.split(odd)
-    return top, inverse, delta, rest
+    return tl.where(offs_m < M, top, float("inf")), inverse, delta, rest
 
 
 @triton.jit
@@ -75,7 +76,10 @@ def probs(
     if PAIRED:
         p *= tl.expand_dims(inverse, 1 - M_AXIS)
     if MASKED:
-        p = tl.where(x == float("-inf"), 0.0, p)
+        hidden = x == float("-inf")
+        if M_AXIS == 1:  # a query past the last is 0, and 0 * inf of a key is NaN
+            hidden = hidden | (tl.expand_dims(top, 0) == float("inf"))
+        p = tl.where(hidden, 0.0, p)
     return p, raw
 
 
@@ -102,7 +106,7 @@ def _walk_keys(
     off_b, off_h, offs_m, bounds, M, N, left, right, scale, dropout_p, keep_factor,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    SCALED: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """(dq + dS K, pk + P K, left_over + rowsum(dS without dlse)) over some keys, the last two only if EXACT;
@@ -122,7 +126,7 @@ def _walk_keys(
         dp = rows_dot(do, do_at, v, (v_ptr, v_strides[0], v_strides[1], N, offs_n), zeros, DV, PRECISION)
         p, tanh = probs(
             qk, rows[0], rows[1], offs_m, start_n, M, N, left, right, mask_ptr, mask_strides, scale,
-            0, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, PAIRED, BLOCK_N,
+            0, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, EXACT, BLOCK_N,
         )
         if DROPOUT:
             keep = keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N)
@@ -193,6 +197,9 @@ def _dq_kernel(
         dlse = tl.load(dlse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
         if not EXACT:
             delta -= dlse
+    if not EXACT:  # now, not when the sum is done: what is kept until then takes registers
+        store_pair(record_ptr, 2 * (row + offs_m), top, inverse, offs_m < M)
+        store_pair(record_ptr, 2 * (row + offs_m) + 1, delta, rest, offs_m < M)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     pk = dq
     for masked in tl.static_range(1 if TENSOR else 0, 2):
@@ -200,7 +207,7 @@ def _dq_kernel(
             dq, pk, rest, q, q_at, do, do_at, (top, inverse, delta, dlse), k_ptr, k_strides, v_ptr, v_strides,
             mask_ptr, (stride_am, stride_an), seed, off_b, off_h, offs_m, bounds,
             M, N, left, right, scale, dropout_p, keep_factor,
-            D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, HAS_DLSE, SOFTCAP, SCALED, DROPOUT, PAIRED, EXACT,
+            D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, HAS_DLSE, SOFTCAP, SCALED, DROPOUT, EXACT,
             PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )
     if EXACT:  # rowsum(P * dP) less what rounding made of it in delta: much, where one key has almost all of the weight
@@ -208,8 +215,11 @@ def _dq_kernel(
             rest -= delta * tl.exp(tl.load(sinks_ptr + off_h * stride_xh).to(ACC) - top) * inverse
         dq -= rest[:, None] * pk
         rest -= dlse
-    store_pair(record_ptr, 2 * (row + offs_m), top, inverse, offs_m < M)
-    store_pair(record_ptr, 2 * (row + offs_m) + 1, delta, rest, offs_m < M)
+        store_pair(record_ptr, 2 * (row + offs_m), top, inverse, offs_m < M)
+        store_pair(record_ptr, 2 * (row + offs_m) + 1, delta, rest, offs_m < M)
+    elif PAIRED:  # P had no divisor so far, which the sum is linear in
+        l_i = tl.load(stats_ptr + 2 * (row + offs_m) + 1, mask=offs_m < M, other=0.0, volatile=True)
+        dq *= inverse_sum(l_i)[:, None]
     store_tile(dq_ptr, (stride_rm, stride_rd), (M, D), offs_m, offs_d, dq * (scale * SIGN))
 
 

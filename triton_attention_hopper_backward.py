@@ -59,7 +59,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_attention_hopper_queries import finish, prepare
 from triton_attention_launch import launch, tile_for
-from triton_attention_ptx import arrive_at, barrier, inline, meet_at, opaque, publish, spin_until, take_number, uniform
+from triton_attention_ptx import (
+    arrive_at, barrier, clamp, inline, meet_at, opaque, publish, spin_until, take_number, uniform,
+)
 from triton_attention_tma import add_async, describe, describe_rows, load_async, readable, store_async
 
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
@@ -255,18 +257,11 @@ def _store(
 
 
 @gluon.jit
-def _make_finite(buf, after_n, at_left, LEFT: gl.constexpr, layout: gl.constexpr):
-    """A tile of K or V with zeros for keys that no query sees, as products with a huge number would be inf, and -inf +
-    inf NaN; and a large number for inf and NaN, which of a key that some queries do not see would meet a dS of 0:
-    large, so that a score of -inf stays one without weight. (A query that sees NaN has it in lse or delta already.)"""
-    LARGE: gl.constexpr = 65504.0 if buf.dtype == gl.float16 else 2.0**100
-    n = gl.arange(0, buf.shape[0], gl.SliceLayout(1, layout))
-    seen = n < after_n
-    if LEFT:
-        seen = seen & (n >= -at_left)
-    x = buf.load(layout).to(gl.float32)
-    x = gl.where(gl.abs(x) < float("inf"), x, gl.minimum(gl.maximum(x, -LARGE), LARGE))
-    buf.store(gl.where(gl.expand_dims(seen, 1), x, 0.0).to(buf.dtype))
+def _make_finite(buf, layout: gl.constexpr):
+    """A tile of K or V without NaN, inf, and numbers whose products are inf: where a key is hidden, -inf + inf is NaN,
+    as is 0 times them. Those that are left are large, so that a score of -inf stays one without weight. (A query that
+    sees NaN has it in lse or delta already.)"""
+    buf.store(clamp(buf.load(layout)))
 
 
 @gluon.jit
@@ -340,8 +335,8 @@ def _multiply(
         mbarrier.wait(v_full, turn & 1)
         if BANDED:
             row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [8, 1], [1, 0])
-            _make_finite(k, after_n, at_left, LEFT, row_layout)
-            _make_finite(v, after_n, at_left, LEFT, row_layout)
+            _make_finite(k, row_layout)
+            _make_finite(v, row_layout)
             fence_async_shared()
         k_left = k
         if BLOCK_D == 64 and not BANDED and ROOM:
@@ -493,8 +488,7 @@ def backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right, 
         describe_rows(stats, 1), describe_rows(sums, 64),
         describe(dk, KEYS.value, tile.BLOCK_D), describe(dv, KEYS.value, tile.BLOCK_D), tickets, counter(q.device),
         factor * LOG2E,
-        tiles, B * Hk, max(1, min(B * Hk, section)), Hk, H // Hk, triton.cdiv(M, tile.BLOCK_M),
-        N if right is None else min(N, M + right),
+        tiles, B * Hk, max(1, min(B * Hk, section)), Hk, H // Hk, triton.cdiv(M, tile.BLOCK_M), N,
         left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,
         BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages, DQ_STAGES=tile.SPAN,

@@ -84,9 +84,8 @@ def logits(
     MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
 ):
-    """(x, raw): the logits x of a tile of Q K^T, -inf where m may not see n, or is past the last query; without the
-    scale if not SCALED. raw is what was multiplied last: by the softcap, tanh of the scaled product; else by the scale,
-    the product.
+    """(x, raw): the logits x of a tile of Q K^T, -inf where m may not see n; without the scale if not SCALED. raw is
+    what was multiplied last: by the softcap, tanh of the scaled product; else by the scale, the product.
 
     m and n index the tile and broadcast against it, either way round.
     """
@@ -97,16 +96,16 @@ def logits(
     elif SCALED:
         x = qk * scale
     if MASKED:
-        keep = (n < N) & (m < M)
+        keep = (n < N) & (m >= 0)
         if RIGHT:
             keep = keep & (n <= m + right)
         if LEFT:
             keep = keep & (n >= m + left)
         offsets = m.to(tl.int64) * mask_strides[0] + n.to(tl.int64) * mask_strides[1]
         if HAS_MASK:
-            keep = keep & tl.load(mask_ptr + offsets, mask=keep, other=False)
+            keep = keep & tl.load(mask_ptr + offsets, mask=keep & (m < M), other=False)
         if HAS_BIAS:
-            bias = tl.load(mask_ptr + offsets, mask=keep, other=float("-inf")).to(qk.dtype)
+            bias = tl.load(mask_ptr + offsets, mask=keep & (m < M), other=float("-inf")).to(qk.dtype)
             keep = keep & (bias != float("-inf"))
             x = x + bias
         x = tl.where(keep, x, float("-inf"))

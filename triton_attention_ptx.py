@@ -45,6 +45,19 @@ def both_first(x):
 
 
 @gluon.jit
+def clamp(x):
+    """x, 16 bits an element, no larger than the largest float16, or 2^100 in bfloat16; the least of these for NaN."""
+    KIND: gl.constexpr = "bf16x2" if x.dtype == gl.bfloat16 else "f16x2"
+    LARGE: gl.constexpr = "7180" if x.dtype == gl.bfloat16 else "7BFF"
+    LEAST: gl.constexpr = "F180" if x.dtype == gl.bfloat16 else "FBFF"
+    ASM: gl.constexpr = (
+        f"{{ .reg .b32 t, u; mov.b32 t, 0x{LEAST}{LEAST}; max.{KIND} u, $1, t; mov.b32 t, 0x{LARGE}{LARGE}; "
+        f"min.{KIND} $0, u, t; }}"
+    )
+    return gl.inline_asm_elementwise(ASM, "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
 def take_number(ptr):
     """Add 1 to a number in memory: what it was before, in the first lane, 0 in the others; see uniform. A warp goes on
     until it asks for that."""
