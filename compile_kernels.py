@@ -141,9 +141,9 @@ def halves(operand, known):
     if number := re.fullmatch(r"(-?)(0x[0-9a-f]+)", operand):
         value = int(number[2], 16) * (-1 if number[1] else 1)
         return value % 2**32, (value >> 32) % 2**32
-    if operand in ("RZ", "URZ"):
+    if operand in ("RZ", "URZ", "SRZ"):
         return 0, 0
-    register = re.fullmatch(r"(-?)(U?R)(\d+)(?:\.reuse)?", operand)
+    register = re.fullmatch(r"(-?)(U?R|L)(\d+)(?:\.reuse)?", operand)
     if not register:
         return None, None
     low, high = (known.get((register[2], int(register[3]) + i)) for i in (0, 1))
@@ -154,17 +154,23 @@ def halves(operand, known):
 
 
 def step(text, known):
-    """The constants in registers behind an instruction, from those before it; carries are taken to be 0."""
+    """The constants in registers and spilled words (L0, L1, ...) behind an instruction, from those before it; carries
+    are taken to be 0."""
     words = re.sub(r"^@!?U?P\w+ ", "", text).split(" ", 1)
     operands = [t.strip() for t in words[1].split(",")] if len(words) > 1 else []
     operands = [t for t in operands if not re.fullmatch(r"!?U?P[T\d]", t)]
-    target = re.fullmatch(r"(U?R)(\d+)", operands[0]) if operands else None
-    if not target or words[0].startswith(("ST", "RED.", "BAR")):
+    target = re.fullmatch(r"(U?R|L)(\d+)", operands[0]) if operands else None
+    if not target or words[0].startswith("BAR"):
         return known
+    swap = re.match(r"ULOP3\.LUT UR(\d+), (?:UR\1, UR\d+|UR(\d+), UR\1), URZ, 0x3c", text)
+    if swap:  # a ^= b, b ^= a, a ^= b: both have moved behind the second
+        a, b = (("UR", int(n or swap[1])) for n in swap.groups())
+        return {{a: b, b: a}.get(register, register): value for register, value in known.items()}
     op, inputs, number = words[0], [halves(t, known) for t in operands[1:]], int(target[2])
-    moves = op in ("MOV", "UMOV", "R2UR") or (op.startswith("IMAD") and operands[1:3] == ["RZ", "RZ"])
-    adds = op.split(".")[0] in ("UIADD3", "IADD3")
-    known, wide = dict(known), 4 if "128" in op else 2 if re.search(r"\.64|WIDE|CS2R", op) else 1
+    name = op.split(".")[0]
+    moves = name in ("MOV", "UMOV", "R2UR", "CS2R", "STL", "LDL") or name == "IMAD" and operands[1:3] == ["RZ", "RZ"]
+    adds = name in ("UIADD3", "IADD3")
+    known, wide = dict(known), 4 if re.search("128|LDSM|MMA", op) else 2 if re.search(r"\.64|WIDE|CS2R", op) else 1
     if op.startswith("HGMMA"):
         wide = int(re.search(r"64x(\d+)x", op)[1]) // 2
     for i in range(wide):
@@ -176,7 +182,9 @@ def step(text, known):
 def stray(kernel):
     """How many wgmma read shared memory by a descriptor whose upper half, the layout, is no constant: made from a
     register that holds something else."""
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?) *;", cuobjdump(kernel.asm["cubin"], "--dump-sass"))
+    dump = cuobjdump(kernel.asm["cubin"], "--dump-sass")
+    dump = re.sub(r"\[R1(?:\+0x([0-9a-f]+))?\]", lambda m: f"L{int(m[1] or '0', 16) // 4}", dump)  # spilled words
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?) *;", dump)
     code, places = [text for _, text in found], {int(address, 16): i for i, (address, _) in enumerate(found)}
     before, work = {0: {}}, [0]
     while work:

@@ -229,6 +229,31 @@ def test_every_kernel_compiles_for_every_gpu():
     assert all(f"{name} " in run.stdout for name in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"))
 
 
+STRAYS = """
+import types, compile_kernels
+ways = (
+    "UIADD3.X UR7, UR6, -0x7fffffe0, URZ, UP0, !UPT",  # ptxas 12.8 took a register that held something else
+    "@P0 UMOV UR7, 0x40000040",
+    "UMOV UR7, 0x40000040",
+    "UMOV UR8, 0x40000040; ULOP3.LUT UR8, UR8, UR7, URZ, 0x3c, !UPT; ULOP3.LUT UR7, UR8, UR7, URZ, 0x3c, !UPT; "
+    "ULOP3.LUT UR8, UR8, UR7, URZ, 0x3c, !UPT",
+    "CS2R R2, SRZ; IADD3.X R3, R3, 0x40000040, RZ, P0, !PT; R2UR UR7, R3",
+    "MOV R3, 0x40000040; STL.64 [R1+0x8], R2; LDL.LU R5, [R1+0xc]; R2UR UR7, R5",
+)
+for way in ways:
+    code = (way + "; HGMMA.64x32x16.F32.BF16 R24, R28, gdesc[UR4], R24; EXIT").split("; ")
+    dump = "\\n".join(f"/*{16 * i:04x}*/ {text} ;" for i, text in enumerate(code))
+    compile_kernels.cuobjdump = lambda cubin, option: dump
+    print(compile_kernels.stray(types.SimpleNamespace(asm={"cubin": b""})))
+"""
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="once, where CI runs")
+def test_descriptors_are_followed_through_swaps_and_spills():
+    run = run_python(STRAYS)
+    assert run.stdout.split() == ["1", "1", "0", "0", "0", "0"], run.stderr
+
+
 DYNAMIC = """
 import torch, triton
 import triton_attention_checks, triton_attention_layer
