@@ -29,6 +29,7 @@ def options():
     p.add_argument("--calls", type=int, help="stop after so many calls")
     p.add_argument("--seed", type=int, help="of the first call (default: drawn)")
     p.add_argument("--only", choices=KINDS, metavar="KIND", help=f"pass over other calls: {', '.join(KINDS)}")
+    p.add_argument("--eager", action="store_true", help="without torch.compile, which may not know a newer Triton")
     p.add_argument("--hopper", choices=("auto", "always", "never"), default="auto", help="when Hopper's kernels run")
     return p
 
@@ -212,6 +213,8 @@ def main(argv=None):
             c, seed = draw(seed, KINDS), seed + 1
             if args.only not in (None, c.kind):
                 continue
+            if args.eager and c.mode == "compiled":
+                c.mode = "once"
             try:
                 what = check(c)
             except Exception as error:
@@ -223,8 +226,8 @@ def main(argv=None):
             bar.update()
             if what not in (None, OUT_OF_RANGE, TOO_LARGE):
                 wrong += 1
-                hopper = "" if args.hopper == "auto" else f" --hopper {args.hopper}"
-                tqdm.write(f"python3 fuzz.py --seed {c.seed} --calls 1{hopper}  # {c}: {what}", file=sys.stdout)
+                same = " --eager" * args.eager + f" --hopper {args.hopper}" * (args.hopper != "auto")
+                tqdm.write(f"python3 fuzz.py --seed {c.seed} --calls 1{same}  # {c}: {what}", file=sys.stdout)
                 sys.stdout.flush()
                 if DEVICE.type == "cuda":
                     torch.cuda.synchronize()  # raises what no later call can be told from
