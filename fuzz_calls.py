@@ -126,6 +126,9 @@ def possible(c):
         c.wants, c.scale = [], None
         if c.kind in ("fused", "merge"):  # a whole tile of them
             c.block, c.M = c.block or 16, min(c.M, 16) if INTERPRETED else c.M
+    if c.kind == "merge":  # its weights are as exact as lse, whose rounding grows with the scores
+        c.scale = None if c.scale == 30.0 else c.scale
+        c.values = "normal" if c.values in ("large", "one-hot") else c.values
     if c.values == "large" and c.scale is not None:
         c.scale = None  # float16 overflows
     if c.dtype == F64:  # an error in S moves P by as much, and nothing is more exact to tell how large it may be
