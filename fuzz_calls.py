@@ -126,6 +126,8 @@ def possible(c):
         c.wants, c.scale = [], None
         if c.kind in ("fused", "merge"):  # a whole tile of them
             c.block, c.M = c.block or 16, min(c.M, 16) if INTERPRETED else c.M
+    if c.softcap == 1e-3:  # the gradient hangs on the few scores near 0, whose rounding counts a thousandfold
+        c.wants = [name for name in c.wants if name not in ("q", "k")]
     if c.kind == "merge":  # its weights are as exact as lse, whose rounding grows with the scores
         c.scale = None if c.scale == 30.0 else c.scale
         c.values = "normal" if c.values in ("large", "one-hot") else c.values
