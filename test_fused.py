@@ -212,7 +212,7 @@ def test_unaligned_rows(D, Dv):
                 lambda *a: spaced(theirs(*(t.contiguous() for t in a), **options)), q, k, v)
 
     for M, N in ((33, 40),) if INTERPRETED else ((63, 63), (130, 140)):
-        q, k, v = (randn(2, 3, n, d, dtype=dtype, layout="unaligned") for n, d in ((M, D), (N, D), (N, Dv)))
+        q, k, v = (randn(2, 3, n, d, dtype=dtype, layout="sliced") for n, d in ((M, D), (N, D), (N, Dv)))
         for options in ({}, {"is_causal": True}):
             against(fused, torch_fused, **options)
             against(staged, torch_staged, **options)

@@ -50,8 +50,6 @@ def randn(*shape, dtype=F32, layout="plain", grad=True):
         x = torch.full([size + 3 for size in shape], NAN, dtype=dtype, device=DEVICE)
         x = x[1:-2, 1:-2, 1:-2, 2:-1]
         x.copy_(torch.randn(shape, dtype=dtype, device=DEVICE))
-    elif layout == "unaligned":  # rows that begin an element past 16 bytes and keep no alignment
-        x = torch.randn(*shape[:3], shape[3] + 3, dtype=dtype, device=DEVICE)[..., 1 : shape[3] + 1]
     elif layout == "every other":
         x = torch.randn(*shape[:3], 2 * shape[3], dtype=dtype, device=DEVICE)[..., ::2]
     elif layout == "expanded":

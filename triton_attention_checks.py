@@ -107,8 +107,8 @@ def check_window(window_size, diagonal, M, N):
 
 
 def check_softcap(softcap, dtype):
-    """The bound on the scores, 0 for none: also for one so large that it changes nothing that `dtype` could hold. One
-    whose inverse would overflow bounds the scores to nothing, and so does the smallest that has an inverse."""
+    """The bound on the scores, 0 for none: also for one past 2^64 (float64: 2^512), which scores far below it do not
+    feel. One whose inverse would overflow makes all scores equal, and so does the smallest that has an inverse."""
     if softcap is None:
         return 0.0
     if isinstance(softcap, (bool, torch.Tensor)) or not isinstance(softcap, numbers.Real):

@@ -34,7 +34,7 @@ from triton_attention_tiles import (
 
 @triton.jit
 def _normalizer(lse_ptr, stats_ptr, row, offs_m, M, PAIRED: tl.constexpr):
-    """(top, inverse), with which P = e^(logits - top) * inverse; a query that sees nothing, all -inf, has top 0."""
+    """(top, inverse), with which P = e^(logits - top) * inverse; top is finite, also of a query that sees nothing."""
     if PAIRED:
         top, l_i = load_pair(stats_ptr, row + offs_m, offs_m < M, float("-inf"))
         inverse = inverse_sum(l_i)
@@ -106,7 +106,7 @@ def _walk_keys(
     off_b, off_h, offs_m, bounds, M, N, left, right, scale, dropout_p, keep_factor,
     D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """(dq + dS K, pk + P K, left_over + rowsum(dS without dlse)) over some keys, the last two only if EXACT;
@@ -119,14 +119,14 @@ def _walk_keys(
         k = load_parts(k_ptr, k_strides, (N, D), offs_n, offs_d, PRECISION, MASKED, D != BLOCK_D)
         v = load_parts(v_ptr, v_strides, (N, DV), offs_n, offs_e, PRECISION, MASKED, DV != BLOCK_DV)
         if MASKED and (LEFT or RIGHT or HAS_MASK or HAS_BIAS):
-            # NaN or inf in a hidden key, times its dS of 0, would be NaN. (Who sees a NaN has it in lse already.)
+            # NaN or inf in a hidden key, times its dS of 0, would be NaN. (A query that sees NaN has it in lse already.)
             k = map_finite(k, PRECISION)
         zeros = tl.zeros([offs_m.shape[0], BLOCK_N], dq.dtype)
         qk = rows_dot(q, q_at, k, (k_ptr, k_strides[0], k_strides[1], N, offs_n), zeros, D, PRECISION)
         dp = rows_dot(do, do_at, v, (v_ptr, v_strides[0], v_strides[1], N, offs_n), zeros, DV, PRECISION)
         p, tanh = probs(
             qk, rows[0], rows[1], offs_m, start_n, M, N, left, right, mask_ptr, mask_strides, scale,
-            0, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, EXACT, BLOCK_N,
+            0, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, PAIRED, BLOCK_N,
         )
         if DROPOUT:
             keep = keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N)
@@ -207,7 +207,7 @@ def _dq_kernel(
             dq, pk, rest, q, q_at, do, do_at, (top, inverse, delta, dlse), k_ptr, k_strides, v_ptr, v_strides,
             mask_ptr, (stride_am, stride_an), seed, off_b, off_h, offs_m, bounds,
             M, N, left, right, scale, dropout_p, keep_factor,
-            D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, HAS_DLSE, SOFTCAP, SCALED, DROPOUT, EXACT,
+            D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, HAS_DLSE, SOFTCAP, SCALED, DROPOUT, PAIRED, EXACT,
             PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
         )
     if EXACT:  # rowsum(P * dP) less what rounding made of it in delta: much, where one key has almost all of the weight
@@ -217,9 +217,6 @@ def _dq_kernel(
         rest -= dlse
         store_pair(record_ptr, 2 * (row + offs_m), top, inverse, offs_m < M)
         store_pair(record_ptr, 2 * (row + offs_m) + 1, delta, rest, offs_m < M)
-    elif PAIRED:  # P had no divisor so far, which the sum is linear in
-        l_i = tl.load(stats_ptr + 2 * (row + offs_m) + 1, mask=offs_m < M, other=0.0, volatile=True)
-        dq *= inverse_sum(l_i)[:, None]
     store_tile(dq_ptr, (stride_rm, stride_rd), (M, D), offs_m, offs_d, dq * (scale * SIGN))
 
 
@@ -378,7 +375,7 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
     constants = {
         "D": D, "DV": DV, "SIGN": sign, "LEFT": left is not None, "RIGHT": right is not None, "HAS_MASK": has_mask,
         "HAS_BIAS": has_bias, "SOFTCAP": softcap, "SCALED": scaled,
-        "DROPOUT": dropout_p > 0.0, "PAIRED": exact(q.dtype) or has_bias, "EXACT": exact(q.dtype),
+        "DROPOUT": dropout_p > 0.0, "PAIRED": paired(q, mask), "EXACT": exact(q.dtype),
         "PRECISION": dot_precision(q.dtype, q.device),
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "BLOCK_DV": max(narrowest, triton.next_power_of_2(DV)),

@@ -260,7 +260,7 @@ def _store(
 def _make_finite(buf, layout: gl.constexpr):
     """A tile of K or V without NaN, inf, and numbers whose products are inf: where a key is hidden, -inf + inf is NaN,
     as is 0 times them. Those that are left are large, so that a score of -inf stays one without weight. (A query that
-    sees NaN has it in lse or delta already.)"""
+    sees NaN has it in lse or delta already.) In bfloat16 numbers past 2^100 count as 2^100, seen or not."""
     buf.store(clamp(buf.load(layout)))
 
 

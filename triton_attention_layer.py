@@ -86,6 +86,9 @@ def _attend(q, k, v, attn_mask, dropout_p, is_causal=False, scale=None, enable_g
 def _attend_by_torch(q, k, v, mask, dropout_p, average=False):
     """_attend on a device without kernels (model.cpu() in a process with a GPU), by operations of torch, in float32
     for 16 bits."""
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # which would have products in 16 bits
+        with torch.autocast(q.device.type, enabled=False):
+            return _attend_by_torch(q, k, v, mask, dropout_p, average)
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (t.to(wide).repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (q, k, v))
     scale = q.shape[3] ** -0.5
@@ -185,10 +188,11 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
         Raises:
             AssertionError, RuntimeError: where the parent raises them. TypeError: not a tensor.
         """
-        if isinstance(query, torch.fx.Proxy) and (path := query.tracer.path_of_module(self)):
+        args = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        for proxy in (a for a in args if isinstance(a, torch.fx.Proxy)):
             # torch.fx.symbolic_trace of a model: a node that calls this layer, as for the layers of torch.nn
-            args = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            return query.tracer.create_proxy("call_module", path, args, {})
+            if path := proxy.tracer.path_of_module(self):
+                return proxy.tracer.create_proxy("call_module", path, args, {})
         _check_types(query=query, key=key, value=value, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
