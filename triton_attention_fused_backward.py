@@ -119,7 +119,7 @@ def _walk_keys(
         k = load_parts(k_ptr, k_strides, (N, D), offs_n, offs_d, PRECISION, MASKED, D != BLOCK_D)
         v = load_parts(v_ptr, v_strides, (N, DV), offs_n, offs_e, PRECISION, MASKED, DV != BLOCK_DV)
         if MASKED and (LEFT or RIGHT or HAS_MASK or HAS_BIAS):
-            # NaN or inf in a hidden key, times its dS of 0, would be NaN. (A query that sees NaN has it in lse already.)
+            # NaN or inf in a hidden key, times its dS of 0, would be NaN; a query that sees NaN has it in lse already
             k = map_finite(k, PRECISION)
         zeros = tl.zeros([offs_m.shape[0], BLOCK_N], dq.dtype)
         qk = rows_dot(q, q_at, k, (k_ptr, k_strides[0], k_strides[1], N, offs_n), zeros, D, PRECISION)
