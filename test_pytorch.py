@@ -319,7 +319,7 @@ def gradients(model, x):
                                                                        1: torch.export.Dim.DYNAMIC},)).module(),
     lambda model, x: torch.jit.trace(model, (x,)), lambda model, x: torch.fx.symbolic_trace(model),
 ], ids=("export", "export, not strict", "export, dynamic", "jit.trace", "fx"))
-def test_recorded_models_are_right_and_train(record, tmp_path):
+def test_recorded_models_are_right_and_train(record):
     ours, theirs, x = holders()
     recorded = record(ours, x)
     for out, exact in zip(recorded(x), theirs(x), strict=True):

@@ -97,10 +97,9 @@ def define_op(name, fake, wide=()):
         if INTERPRETED:
             launcher = _without_bfloat16(launcher, wide)
             op = torch.library.custom_op(f"triton_attention::{name}", launcher, mutates_args=())
-            op.register_fake(fake)
         else:
             op = torch.library.triton_op(f"triton_attention::{name}", launcher, mutates_args=())
-            op.register_fake(fake)  # torch's own is the launcher, which asks too much of a dynamic length
+        op.register_fake(fake)  # that of triton_op is the launcher, which asks too much of a dynamic length
 
         @functools.wraps(launcher)
         def eager(*args):
