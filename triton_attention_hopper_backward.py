@@ -27,11 +27,12 @@ however few programs the GPU has room for. (A program a tile: up to 13 % slower 
 Where the speed is from. Once a step all eight warps meet, between dS and dQ = dS K. Triton made them meet three times
 more, before each arrival at an mbarrier and before what it takes for a conflict in shared memory; so places are
 released at named barriers, where a warp says so and goes on, and a barrier that Triton would put elsewhere stands right
-behind the one that is needed (D 128 3 to 11 %, D 64 3 to 9 %; but Triton 3.9 adds one for each wait). dV is issued
-before dS is fenced (2 to 4 %), and delta is read before S is issued (1 %). At D 64 K is in registers (4 %). At D 128
-three stages of Q and dO hide the traffic of dQ (two: 7 % slower). -delta is what the product dP^T starts from, which
-saves registers and 1 to 3 %. So is -inf what S starts from where a key is hidden: a mask on P would spill. The wait for
-the next Q is between the exponentials and the wait for dP, without which ptxas moves the latter up.
+behind the one that is needed (D 128 3 to 11 %, D 64 3 to 9 %; Triton 3.9 puts one behind each wait for a product, so
+that this one is left out). dV is issued before dS is fenced (2 to 4 %), and delta is read before S is issued (1 %). At
+D 64 K is in registers (4 %). At D 128 three stages of Q and dO hide the traffic of dQ (two: 7 % slower). -delta is what
+the product dP^T starts from, which saves registers and 1 to 3 %. So is -inf what S starts from where a key is hidden: a
+mask on P would spill. The wait for the next Q is between the exponentials and the wait for dP, without which ptxas
+moves the latter up.
 
 What gained nothing: two partitions of four warps which may drift apart, as dQ of the last step is computed beneath the
 exponentials of this (D 64 the same, D 128 5 % slower); queries by halves, the exponentials of one beneath the products
@@ -68,6 +69,7 @@ LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 KEYS = gl.constexpr(128)  # of a tile
 FREE, DQ_FULL = gl.constexpr(8), gl.constexpr(12)  # the first of four named barriers; those below are Triton's
 THREADS = gl.constexpr(288)  # that use one: the eight warps which multiply, and another
+WAITS_MEET = gl.constexpr(TRITON >= (3, 9))  # Triton 3.9 puts a barrier of all warps behind each wait for products
 ROOM = gl.constexpr(TRITON != (3, 8))  # in registers for K at D 64 without a mask; the ptxas of Triton 3.8 spills
 SMALLEST = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
 FEWEST = 1  # tiles of keys a multiprocessor (a quarter, if causal); with fewer, the plain kernels share the work better
@@ -380,7 +382,8 @@ def _multiply(
             dv_token = warpgroup_mma(p_16, do, dv, is_async=True)
             fence_async_shared()
             dq_token = warpgroup_mma(ds_buf.permute((1, 0)), k, dq_zeros, use_acc=False, is_async=True)
-            barrier()  # here, where all are anyway: Triton wants one before dS is stored again and Q waited for
+            if not WAITS_MEET:  # here, where all are anyway: Triton wants one before dS is stored again and Q waited for
+                barrier()
             dk_token = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
             dq = warpgroup_mma_wait(1, [dq_token])
             _hand_on(dq, total, dq_parts, BLOCK_D, DQ_STAGES)
