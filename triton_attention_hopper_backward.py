@@ -382,7 +382,7 @@ def _multiply(
             dv_token = warpgroup_mma(p_16, do, dv, is_async=True)
             fence_async_shared()
             dq_token = warpgroup_mma(ds_buf.permute((1, 0)), k, dq_zeros, use_acc=False, is_async=True)
-            if not WAITS_MEET:  # here, where all are anyway: Triton wants one before dS is stored again and Q waited for
+            if not WAITS_MEET:  # here, as all are anyway: Triton wants one before dS is stored again and Q waited for
                 barrier()
             dk_token = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
             dq = warpgroup_mma_wait(1, [dq_token])
