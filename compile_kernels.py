@@ -4,9 +4,10 @@
 
 Each launcher runs as usual, but its launches end after the compiler (Triton carries ptxas and LLVM for all targets).
 A row is a kernel: registers a thread, instructions that spill them to memory, shared memory. Spills (but not those in
-unaligned rows), more shared memory than the GPU has, or a product that reads by a stray descriptor are an error (exit
-1). Minutes on two cores the first time; Triton caches the results. --quick, for the tests, builds every kernel for
-every GPU, but leaves out float64, wide float32, some kinds of mask and most builds for unaligned rows.
+unaligned rows or with dropout), more shared memory than the GPU has, and a product that reads by a stray descriptor or
+is laid out for another dtype are an error (exit 1). Minutes on two cores the first time; Triton caches the results.
+--quick, for the tests, builds every kernel for every GPU, but leaves out float64, wide float32, some kinds of mask and
+most builds for unaligned rows.
 """
 
 import argparse
@@ -207,6 +208,26 @@ def stray(kernel):
     return count
 
 
+def wide_operands(kernel):
+    """How many products have an operand that is laid out for a dtype narrower than its own; see hide_loads."""
+    products = re.findall(r"(?:tt\.dot|warp_group_dot) .*", kernel.asm.get("ttgir", ""))
+    operands = [re.findall(r"x(?:bf|f)(\d+), #ttg\.dot_op<{[^}]*kWidth = (\d+)}>", line) for line in products]
+    return sum(any(int(width) > max(1, 32 // int(bits)) for bits, width in found) for found in operands)
+
+
+def dropout_launches(dtype, D, quick):
+    """Few and many queries with a mask and dropout: P and dS come from 8 bits, or 32 where they are float64."""
+    name, wide = f"{str(dtype).removeprefix('torch.')} D{D}", torch.promote_types(dtype, torch.float32)
+    seed, scalars = torch.zeros(1, dtype=torch.int64), (0.1, 0.0, 0.5, None, None)
+    for kind, M in (("few", 8), ("many", 256))[: 1 if quick else 2]:
+        q, k = torch.zeros(8, 128, M, D, dtype=dtype), torch.zeros(8, 32, 256, D, dtype=dtype)
+        mask = torch.zeros(8, 128, M, 256, dtype=torch.float32 if dtype == torch.float64 else torch.bool)
+        yield f"fused {name} {kind}, mask, dropout", fused_op, (q, k, k, mask, None, seed, *scalars, None, None)
+        saved = torch.zeros(8, 128, M, dtype=wide), torch.zeros(8, 128, M, 2, dtype=wide)
+        arguments = (q, None, q, k, k, mask, None, seed, q, *saved, *scalars)
+        yield f"fused backward {name} {kind}, mask, dropout", fused_backward_op, arguments
+
+
 def fused_launches(dtype, D, quick):
     """The fused kernels: causal with grouped heads, whose code has that of full attention in it, and with a bias."""
     name = f"{str(dtype).removeprefix('torch.')} D{D}"
@@ -306,6 +327,8 @@ def launches(architecture, quick=False):
         (torch.float64, 64),
     )[: 4 if quick else 6]:
         yield from fused_launches(dtype, D, quick)
+        if D == 64:
+            yield from dropout_launches(dtype, D, quick)
     softmax = ((torch.bfloat16, (4096, 32768)), (torch.float32, (16384,)), (torch.float64, (8192,)))
     for dtype, lengths in softmax[: 1 if quick else 3]:
         name = str(dtype).removeprefix("torch.")
@@ -331,7 +354,8 @@ def rows(name, quick):
         for name_of_kernel, kernel in built:
             registers, spills = usage(kernel)
             shared = kernel.metadata.shared / 1024
-            problems = [f"{spills} spills"] if spills and "unaligned rows" not in label else []  # slow anyway
+            slow_anyway = "unaligned rows" in label or "dropout" in label
+            problems = [f"{spills} spills"] if spills and not slow_anyway else []
             problems += [f"shared memory over {SHARED_KIB[name]} KiB"] if shared > SHARED_KIB[name] else []
             overlaps = name_of_kernel in ("_forward_kernel", "_backward_kernel") and "D256" not in label
             if overlaps and registers > 128 and not softmax_beneath(kernel):
@@ -342,6 +366,8 @@ def rows(name, quick):
                 problems.append("a barrier is missing")
             if "wgmma" in kernel.asm.get("ptx", "") and (strays := stray(kernel)):
                 problems.append(f"{strays} products read by a descriptor of something else")
+            if name.startswith("sm_") and (wide := wide_operands(kernel)):
+                problems.append(f"{wide} products laid out for a narrower dtype")
             row = (label + PARTS.get(name_of_kernel, ""), registers, spills, shared, ", ".join(problems))
             out += [row] if row not in out else []
     return out

@@ -11,6 +11,7 @@ from testing import (
     BF16, DEVICE, F16, F32, F64, INF, NAN, T, compare, fused, outputs_and_grads, randn, staged, torch_fused,
     torch_staged, torch_visible,
 )
+from triton_attention_dropout import dropout
 from triton_attention_fused import attention_fused, merge_attention
 from triton_attention_launch import INTERPRETED
 from triton_attention_layer import attention_staged
@@ -134,6 +135,23 @@ def test_dropout_is_that_of_the_stages(dropout_p):
     out = attention_staged(few, k, v, dropout_p=dropout_p, enable_gqa=True)[0]
     torch.manual_seed(3)
     assert (attention_fused(few, k, v, dropout_p=dropout_p, enable_gqa=True) - out).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [F16, F32, BF16, F64], ids=str)
+@pytest.mark.parametrize("M", [2, 71])
+def test_dropout_beside_narrower_masks(M, dtype):
+    """Triton lays P out for a mask's 8 or 32 bits, halved for the random bits: wrong products, or none (float64)."""
+    q, k, v = randn(1, 4, M, 64, dtype=dtype), randn(1, 2, 40, 64, dtype=dtype), randn(1, 2, 40, 32, dtype=dtype)
+    hidden = torch.rand(1, 1, M, 40, device=DEVICE) > 0.3
+    masks = [hidden, torch.zeros(1, 4, M, 40, device=DEVICE).masked_fill(~hidden, -INF)] if dtype == F64 else [hidden]
+    for mask, tile in itertools.product(masks, ({}, {"block_m": 16, "block_n": 16}, {"block_m": 16, "block_n": 32})):
+        def seeded(q, k, v, mask=mask, tile=tile):
+            torch.manual_seed(3)
+            return attention_fused(q, k, v, mask, 0.5, enable_gqa=True, return_lse=True, **tile)
+        torch.manual_seed(3)
+        keep = dropout(torch.ones(1, 4, M, 40, device=DEVICE), 0.5).to(dtype)
+        compare(seeded, lambda q, k, v, m=mask, keep=keep: torch_fused(q, k, v, m, keep=keep.to(q.dtype)), q, k, v)
+        compare(fused, torch_fused, q, k, v, mask)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU all of float32 is in parts")

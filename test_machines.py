@@ -254,6 +254,21 @@ def test_descriptors_are_followed_through_swaps_and_spills():
     assert run.stdout.split() == ["1", "1", "0", "0", "0", "0"], run.stderr
 
 
+WIDE = """
+import types, compile_kernels
+line = "{} %a, %b, %c : tensor<16x32x{}, #ttg.dot_op<{{opIdx = 0, parent = #mma, kWidth = {}}}>> * tensor<32x64xf64>"
+for values in (("dot", "bf16", 2), ("dot", "f16", 4), ("dot", "f64", 1), ("dot", "f64", 2), ("cat", "f32", 2)):
+    ttgir = "%2 = tt." + line.format(*values)
+    print(compile_kernels.wide_operands(types.SimpleNamespace(asm={"ttgir": ttgir})))
+"""
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="once, where CI runs")
+def test_operands_laid_out_for_a_narrower_dtype_are_counted():
+    run = run_python(WIDE)
+    assert run.stdout.split() == ["0", "1", "0", "1", "0"], run.stderr
+
+
 DYNAMIC = """
 import torch, triton
 import triton_attention_checks, triton_attention_layer

@@ -39,7 +39,8 @@ from triton_attention_logits import exponential, key_range, logits, lowest, step
 from triton_attention_merge import count_splits, merge_attention, merge_splits  # noqa: F401  public here
 from triton_attention_parts import in_parts
 from triton_attention_tiles import (
-    head_ptr, inverse_sum, keep_mask, load_parts, product, rows_dot, signed, split_program, store_tile, whole,
+    head_ptr, hide_loads, inverse_sum, keep_mask, load_parts, product, rows_dot, signed, split_program, store_tile,
+    whole,
 )
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
@@ -73,6 +74,7 @@ def _walk(
         l_i = l_i * alpha + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N), p, 0.0)
+        p = hide_loads(p, HAS_MASK, HAS_BIAS, DROPOUT)
         v = load_parts(v_ptr, v_strides, (N, DV), offs_n, offs_e, PRECISION, MASKED, DV != BLOCK_DV)
         acc = product(p, v, acc * alpha[:, None], PRECISION)
         m_i = m_new

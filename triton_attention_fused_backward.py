@@ -27,8 +27,8 @@ from triton_attention_launch import (
 from triton_attention_logits import exponential, key_range, load_pair, logits, query_range, steps, store_pair
 from triton_attention_parts import in_parts
 from triton_attention_tiles import (
-    dot, head_ptr, inverse_sum, keep_mask, load_parts, load_tile, map_finite, product, rows_dot, signed, split_program,
-    store_tile, whole,
+    dot, head_ptr, hide_loads, inverse_sum, keep_mask, load_parts, load_tile, map_finite, product, rows_dot, signed,
+    split_program, store_tile, whole,
 )
 
 
@@ -138,7 +138,9 @@ def _walk_keys(
                 p = tl.where(p == 0.0, 0.0, p * (1.0 - tanh * tanh))
             if HAS_DLSE:
                 ds += tl.where(p == 0.0, 0.0, p * rows[3][:, None])
+            p = hide_loads(p, HAS_MASK, HAS_BIAS, DROPOUT)
             pk = dot(p.to(k[0].dtype), k[0], pk, "ieee" if PRECISION == "parts" else PRECISION)
+        ds = hide_loads(ds, HAS_MASK, HAS_BIAS, DROPOUT)
         dq = product(ds, k, dq, PRECISION)
     return dq, pk, left_over
 
@@ -265,11 +267,13 @@ def _walk_queries(
         if DROPOUT:
             keep = tl.trans(keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N).to(tl.int32)) > 0
             kept = tl.where(keep, p_t * keep_factor, 0.0)
+        kept = hide_loads(kept, HAS_MASK, HAS_BIAS, DROPOUT)
         dv = product(kept, do, dv, PRECISION)  # before dP: frees the registers that hold P as an operand
         dp_t = rows_dot(v, v_at, do, do_at, zeros, DV, PRECISION)
         if DROPOUT:
             dp_t = tl.where(keep, dp_t * keep_factor, 0.0)
         _, ds_t = dscores(p_t, dp_t, tanh, delta, rest, 1, MASKED, SOFTCAP, EXACT)
+        ds_t = hide_loads(ds_t, HAS_MASK, HAS_BIAS, DROPOUT)
         dk = product(ds_t, q, dk, PRECISION)
     return dk, dv
 

@@ -12,6 +12,7 @@ import triton.language as tl
 
 # the dtype of a part of float32; in the interpreter, which cannot multiply bfloat16, the first part is the whole number
 PART = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
+COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -42,6 +43,21 @@ def store_tile(ptr, strides, shape, rows, cols, tile):
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b; PRECISION says how float32 is multiplied, see dot_precision in triton_attention_launch.py."""
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def hide_loads(x, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr):
+    """x, a float32 or float64 tile computed beside a mask or random bits, as an operand of a product.
+
+    For mma.sync, Triton lays an operand out for the narrowest load among its elementwise ancestors, 8 bits of a bool
+    mask, and halves that where bits are joined. Float64 then does not compile, and a product over fewer columns than
+    the layout has is wrong (Triton 3.6 to 3.9). An instruction it knows nothing of, here an empty one, ends the search.
+    """
+    if HAS_MASK or DROPOUT or (HAS_BIAS and x.dtype == tl.float64):
+        if COMPILED and tl.target_info.is_cuda():
+            CONSTRAINTS: tl.constexpr = "=d,0" if x.dtype == tl.float64 else "=f,0"
+            x = tl.inline_asm_elementwise("", CONSTRAINTS, [x], dtype=x.dtype, is_pure=False, pack=1)
+    return x
 
 
 @triton.jit
