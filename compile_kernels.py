@@ -13,6 +13,7 @@ most builds for unaligned rows.
 import argparse
 import contextlib
 import math
+import multiprocessing
 import os
 import re
 import subprocess
@@ -25,9 +26,11 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch  # noqa: E402
 import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+import triton_attention_tiles  # noqa: E402
 from triton_attention_backward import dscores_op  # noqa: E402
 from triton_attention_dropout import dropout_op  # noqa: E402
 from triton_attention_fused import fused_op  # noqa: E402
@@ -344,6 +347,7 @@ def launches(architecture, quick=False):
 
 def rows(name, quick):
     """The table for one GPU: [(label, registers, spills, shared KiB, problem or "")]."""
+    triton_attention_tiles.NVIDIA = tl.constexpr(name.startswith("sm_"))  # so a process compiles for one GPU
     out, builds = [], list(launches(name, quick))
     plain = [row for row in builds if "on Hopper" not in row[0]]
     builds += narrow_launches()[: 1 if quick else 6]
@@ -381,7 +385,9 @@ def main():
     targets = args.targets
     print(f"{'GPU':7} {'kernel':46} {'registers':>9} {'spills':>9} {'shared KiB':>10}")
     bad = 0
-    with ProcessPoolExecutor(min(2, len(targets))) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["compile_kernels"])
+    with ProcessPoolExecutor(min(2, len(targets)), context, max_tasks_per_child=1) as pool:
         for name, table in zip(targets, pool.map(rows, targets, [args.quick] * len(targets)), strict=True):
             for label, registers, spills, shared, problem in table:
                 bad += bool(problem)

@@ -173,7 +173,9 @@ def measure(c, seed):
         if name == "gradient of mask" and dtype_of(c, 0).itemsize == 2:  # in float32 too as exact as what it is made of
             t = t.to(dtype_of(c, 0))
         for part, where in parts.items():
-            errors[part] = testing.errors(t[where], lower[name][where], exact[name][where], part)
+            error, torchs, step = testing.errors(t[where], lower[name][where], exact[name][where], part)
+            denormal = torch.finfo(F32).tiny if "output 1" in part else 0.0  # of lse; a softcap may be as small
+            errors[part] = error, torchs, step + denormal
     for name, t in again.items():
         assert torch.equal(t, mine[name]), f"{name}: a second run gives other bits"
     for name, where in hidden.items():
@@ -195,7 +197,7 @@ def check(c):
         tables += [measure(c, c.seed + i * 1_000_003) for i in range(1, DRAWS)]
         tables = [table for table in tables if table != OUT_OF_RANGE]
     for name in doubtful:
-        error, torchs, step = (max(table[name][i] for table in tables) for i in range(3))
+        error, torchs, step = (max(table[name][i] for table in tables if name in table) for i in range(3))
         assert error <= 2 * torchs + step, f"{name}: error {error:.2e}, allowed {2 * torchs + step:.2e}"
 
 

@@ -104,8 +104,8 @@ def possible(c):
         c.D = 300
     if c.values in ("equal keys", "infinite keys"):  # not the values too: all of dS cancels out, O is infinite
         c.same = None
-    if c.same == "q k v" and c.values == "large":  # each query sees itself alone: what is left of dS is rounding of O
-        c.same = "k v"
+    if c.same == "q k v" and (c.values == "large" or c.scale == 30.0 or c.dtype == F64):
+        c.same = "k v"  # else each query sees itself alone: what is left of dS is rounding of O
     if c.same:
         c.Dv = c.D
     if c.B * c.M < 16:  # the gradient of a sink is one number, of so many rows; an error of few is chance
@@ -124,6 +124,7 @@ def possible(c):
         c.dtype, c.autocast = F32, random.Random(c.seed).choice((F16, BF16))
     if c.values == "infinite keys":  # the gradient of the queries is 0 * inf
         c.wants, c.scale = [], None
+        c.softcap = 30.0 if c.softcap == 1e300 else c.softcap  # -1e300 is -inf in float32
         if c.kind in ("fused", "merge"):  # a whole tile of them
             c.block, c.M = c.block or 16, min(c.M, 16) if INTERPRETED else c.M
     if c.softcap == 1e-3:  # the gradient hangs on the few scores near 0, whose rounding counts a thousandfold

@@ -241,7 +241,7 @@ def test_rows_of_one_large_negative_constant(ours, dtype):
 def test_large_gradients_beside_a_floating_mask():
     """P has its divisor before dS is rounded to float16, which holds dP no better than that."""
     q, k, v = (randn(1, 1, n, 16, dtype=F16) for n in (20, 300, 300))
-    do, mask = torch.randn(1, 1, 20, 16, device=DEVICE, dtype=F16) * 2e4, T(20, 300, dtype=F16)
+    do, mask = (torch.randn(1, 1, 20, 16, device=DEVICE) * 2e4).clamp(-6e4, 6e4).to(F16), T(20, 300, dtype=F16)
     grads = (torch.autograd.grad(fused(q, k, v, m)[0], (q, k, v), do) for m in (mask, None))
     for beside, without in zip(*grads, strict=True):
         assert without.isfinite().all() and (beside - without).abs().max() <= 2e-2 * without.abs().max()

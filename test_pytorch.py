@@ -9,12 +9,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from testing import (
-    ATTENTION, BF16, DEVICE, F16, F32, F64, INF, INTERPRETED, T, compare, fused, outputs_and_grads, randn, run_python,
-    staged, torch_fused, torch_softmax, torch_staged,
+    ATTENTION, BF16, DEVICE, F16, F32, F64, INF, INTERPRETED, LAYOUTS, T, compare, fused, outputs_and_grads, randn,
+    run_python, staged, torch_fused, torch_softmax, torch_staged,
 )
 from triton_attention_backward import dscores_op
 from triton_attention_dropout import dropout_op
@@ -50,6 +51,30 @@ def test_gradcheck():
     with pytest.raises(RuntimeError, match="no second derivative: use attention_staged"):
         grad = torch.autograd.grad(fused(q, k, v)[0].sum(), q, create_graph=True)[0]
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+@pytest.mark.parametrize("layout", (*LAYOUTS, "packed"))
+def test_fakes_have_the_strides_of_the_launchers(layout, dtype):
+    """A compiled program makes views of what the fake promises."""
+    class Compare(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            outs = func(*args, **(kwargs or {}))
+            if "triton_attention" in str(func):
+                names.append(str(func))
+                with FakeTensorMode() as mode:
+                    fakes = func(*tree_map_only(torch.Tensor, mode.from_tensor, args), **(kwargs or {}))
+                for out, fake in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (outs, fakes)), strict=True):
+                    assert (out.shape, out.stride(), out.dtype) == (fake.shape, fake.stride(), fake.dtype), func
+            return outs
+
+    names = []
+    for heads, ours in ((1, staged), (2, staged), (1, fused), (2, fused)):
+        q, k, v = (randn(2, h, n, 8, dtype=dtype, layout=layout) for h, n in ((2, 9), (heads, 11), (heads, 11)))
+        with Compare():
+            out = ours(q, k, v)[0]
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert len(set(names)) >= 6, names
 
 
 def test_gradients_of_one_output_alone():

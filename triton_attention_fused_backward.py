@@ -365,9 +365,6 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
     if q.dtype == torch.float64:
         q, scale = q * scale, 1.0
         v, keep_factor = v * keep_factor, 1.0
-        if mask is not None and mask.dtype == torch.bool:  # Triton 3.6 fails to build a product that depends on bytes
-            once = mask[tuple(slice(None) if stride else slice(1) for stride in mask.stride())]
-            mask = q.new_zeros(once.shape).masked_fill(~once, -torch.inf).expand(mask.shape)
     strides = (0, 0, 0, 0) if mask is None else mask.stride()
     has_mask = mask is not None and mask.dtype == torch.bool
     has_bias = mask is not None and not has_mask

@@ -65,6 +65,12 @@ def must_dispatch(args):
     return False
 
 
+def _widened(t):
+    """bfloat16 as float32, with the same strides: launchers lay their outputs out by them."""
+    once = t[tuple(slice(None) if stride else slice(1) for stride in t.stride())]
+    return once.new_empty_strided(once.shape, once.stride(), dtype=torch.float32).copy_(once).expand(t.shape)
+
+
 def _without_bfloat16(launcher, wide=()):
     """The interpreter computes on the raw bits of bfloat16: upcast before, round in torch after."""
 
@@ -75,7 +81,7 @@ def _without_bfloat16(launcher, wide=()):
         if torch.bfloat16 not in asked + dtypes:
             return launcher(*args)
         dtype = (asked + dtypes)[0]
-        args = [a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args]
+        args = [_widened(a) if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args]
         out = launcher(*(torch.float32 if a is torch.bfloat16 else a for a in args))
         if not isinstance(out, tuple):
             return out.to(dtype)

@@ -6,13 +6,16 @@
          M  +----+----+--+
 """
 
+import torch
+
 import triton_attention_device  # noqa: F401  before triton: it chooses the mode
 import triton
 import triton.language as tl
 
 # the dtype of a part of float32; in the interpreter, which cannot multiply bfloat16, the first part is the whole number
 PART = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
-COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
+# whether a product is one of NVIDIA's; Inductor compiles where no driver can be asked
+NVIDIA = tl.constexpr(torch.version.cuda is not None and not triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -54,7 +57,7 @@ def hide_loads(x, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.co
     the layout has is wrong (Triton 3.6 to 3.9). An instruction it knows nothing of, here an empty one, ends the search.
     """
     if HAS_MASK or DROPOUT or (HAS_BIAS and x.dtype == tl.float64):
-        if COMPILED and tl.target_info.is_cuda():
+        if NVIDIA:
             CONSTRAINTS: tl.constexpr = "=d,0" if x.dtype == tl.float64 else "=f,0"
             x = tl.inline_asm_elementwise("", CONSTRAINTS, [x], dtype=x.dtype, is_pure=False, pack=1)
     return x
