@@ -8,9 +8,9 @@ SDPA's backends, FlexAttention and FlashAttention; the layer against nn.Multihea
 
 import functools
 
-import benchmark_providers
-import benchmarking
-from benchmarking import Case
+from benchmarks import providers
+from benchmarks import harness
+from benchmarks.harness import Case
 
 # dtype, sequence length, head dim, causal
 SWEEP = [
@@ -48,13 +48,13 @@ def rows(args, interpreted):
     modes = ("fwd", "bwd") if args.mode == "both" else (args.mode,)
     for dtype, S, D, causal in cases:
         shape = (B, H, S, D, dtype, causal)
-        label, about = benchmark_providers.label(*shape), benchmark_providers.about(*shape)
+        label, about = providers.label(*shape), providers.about(*shape)
         for stage, name in NAMES.items() if "fwd" in modes else ():
             build = functools.partial(build_stage, stage, *shape, args.seed)
             yield Case(name, label, ["triton", "torch"], build, about)
         for mode in modes:
-            build = functools.partial(benchmark_providers.attention, mode, *shape, args.seed)
-            yield Case(ATTENTION[mode], label, benchmark_providers.providers(mode, args), build, about)
+            build = functools.partial(providers.attention, mode, *shape, args.seed)
+            yield Case(ATTENTION[mode], label, providers.providers(mode, args), build, about)
     for dtype, batch, S in layers if "fwd" in modes else ():
         E = 128 if interpreted else 1024
         for weights in (True, False):
@@ -64,7 +64,7 @@ def rows(args, interpreted):
 
 
 def build_stage(stage, *case):
-    return benchmark_providers.STAGES[stage](*case).comparison()
+    return providers.STAGES[stage](*case).comparison()
 
 
 def layer(dtype, batch, S, need_weights, seed, E):
@@ -74,10 +74,10 @@ def layer(dtype, batch, S, need_weights, seed, E):
     import torch
     from torch import nn
 
-    from triton_attention_device import DEVICE
+    from triton_attention.device import DEVICE
     from triton_attention_layer import TritonMultiheadAttention
 
-    (x,), H, dtype = benchmark_providers.inputs(seed, (batch, S, E), dtype, 1), 16, getattr(torch, dtype)
+    (x,), H, dtype = providers.inputs(seed, (batch, S, E), dtype, 1), 16, getattr(torch, dtype)
     theirs = nn.MultiheadAttention(E, H, batch_first=True, device=DEVICE, dtype=dtype).eval()
     ours = TritonMultiheadAttention(E, H, batch_first=True, device=DEVICE, dtype=dtype).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -94,7 +94,7 @@ def layer(dtype, batch, S, need_weights, seed, E):
         return tuple(t[-1:] for t in result) if need_weights else result[-1:]
 
     matrix = 4 * batch * H * S * S + batch * S * S if need_weights else 0
-    return benchmarking.Comparison(
+    return harness.Comparison(
         {"triton": lambda: call(ours, x), "torch": lambda: call(theirs, x)},
         lambda t: call(copy.deepcopy(theirs).to(t), x[-1:].to(t))(), last_batch,
         bytes=dtype.itemsize * (matrix + 10 * batch * S * E + 4 * E * E), flops=batch * S * (8 * E * E + 4 * S * E),
@@ -105,7 +105,7 @@ def show_host_times(watch):
     """How long the host is busy with a call, where the GPU has next to nothing to do."""
     import torch
 
-    import triton_attention_replay
+    from triton_attention import replay
     from triton_attention_fused import attention_fused
     from triton_attention_layer import attention_staged
 
@@ -113,7 +113,7 @@ def show_host_times(watch):
     for weights in (True, False):
         makes = layer("bfloat16", 1, 64, weights, 0, 256).makes
         calls |= {f"layer, weights {'on' if weights else 'off'}: {name}": makes[name]() for name in ("triton", "torch")}
-    q, k, v = qkv = benchmark_providers.inputs(0, (1, 4, 64, 64), "bfloat16", 3, grad=True)
+    q, k, v = qkv = providers.inputs(0, (1, 4, 64, 64), "bfloat16", 3, grad=True)
     detached = [t.detach() for t in qkv]
     for name, attention in {
         "triton fused": attention_fused, "triton staged": lambda q, k, v: attention_staged(q, k, v)[0],
@@ -125,24 +125,24 @@ def show_host_times(watch):
         calls[f"backward: {name}"] = functools.partial(torch.autograd.grad, out, qkv, out.detach(), retain_graph=True)
     print("\nthe host's time for a call, us (in full: without replays of launches)")
     for name, call in calls.items():
-        with triton_attention_replay.off():
+        with replay.off():
             full = f" (in full {watch.host(call):.0f})" if "triton" in name else ""
         print(f"  {name:44} {watch.host(call):6.0f}{full}")
     torch.cuda.synchronize()
 
 
 def main():
-    args = benchmarking.parser(__doc__.split("\n")[0]).parse_args()
+    args = harness.parser(__doc__.split("\n")[0]).parse_args()
     results = []
     if not args.plot:
-        watch = benchmarking.stopwatch(args)
-        results = benchmarking.run("benchmark_attention", rows(args, watch is None), args, watch)
+        watch = harness.stopwatch(args)
+        results = harness.run("benchmark_attention", rows(args, watch is None), args, watch)
         if watch and not args.providers:
             show_host_times(watch)
     if args.plot or watch:
-        import benchmark_figures
+        from benchmarks import figures
 
-        benchmark_figures.redraw(args.out, "benchmark_attention")
+        figures.redraw(args.out, "benchmark_attention")
     raise SystemExit(any(row.note == "WRONG" for row in results))
 
 

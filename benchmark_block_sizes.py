@@ -3,7 +3,7 @@
     python3 benchmark_block_sizes.py --kernel scores [--full] [--save] [--autotune]      40 s on an H100
 
 Every legal tile is checked and timed; --full crosses them with warps, pipeline stages and registers a thread. The best
-few then take turns, and --save writes the winner into triton_attention_tuned.py for this GPU: that is how a new GPU is
+few then take turns, and --save writes the winner into triton_attention/tuned.py for this GPU: that is how a new GPU is
 tuned. --autotune asks triton.autotune for its choice of the same tiles. A tile that does not fit is listed with its
 needs.
 """
@@ -12,11 +12,11 @@ import functools
 import itertools
 from typing import NamedTuple
 
-import benchmark_providers
-import benchmark_results
-import benchmark_tuning
-import benchmarking
-from benchmarking import Case, Comparison, wanted
+from benchmarks import providers
+from benchmarks import results
+from benchmarks import tuning
+from benchmarks import harness
+from benchmarks.harness import Case, Comparison, wanted
 
 SWEEP = [16, 32, 64, 128, 256]
 QUICK = [32, 64, 128]
@@ -29,7 +29,7 @@ SCRIPT = "benchmark_block_sizes"
 
 
 class Kernel(NamedTuple):
-    """Where a kernel is: its stage in benchmark_providers, its module and function, its rows in the tuned table."""
+    """Where a kernel is: its stage in providers, its module and function, its rows in the tuned table."""
 
     stage: str
     module: str
@@ -55,13 +55,13 @@ def chosen_tile(kernel, shape):
     B, H, S, D, dtype, causal = shape
     dtype = getattr(torch, dtype)
     if kernel.op is None:
-        import triton_attention_tuned as tuned
+        from triton_attention import tuned
         from triton_attention_softmax import _row_tile
 
         tile = _row_tile(torch.empty(1, 1, S, S, dtype=dtype, device="meta"), causal)
         return tuned.Tile(tile["BLOCK_M"], tile["BLOCK_N"], 0, tile["num_warps"], 1)
-    from triton_attention_device import DEVICE
-    from triton_attention_launch import tile_for
+    from triton_attention.device import DEVICE
+    from triton_attention.launch import tile_for
 
     return tile_for(kernel.op, dtype, D, causal, DEVICE)
 
@@ -70,8 +70,8 @@ def tiles(kernel, shape, sizes, full):
     """The tiles to try, the chosen one first; where its sizes are not among `sizes`, they join them."""
     import torch
 
-    from triton_attention_device import DEVICE
-    from triton_attention_launch import tile_for
+    from triton_attention.device import DEVICE
+    from triton_attention.launch import tile_for
 
     chosen = chosen_tile(kernel, shape)
     found = [chosen]
@@ -98,7 +98,7 @@ def name_of(tile):
 
 def limited(tile):
     """A tile has at most MAX_TILE elements, as check_blocks has it."""
-    from triton_attention_device import MAX_TILE
+    from triton_attention.device import MAX_TILE
 
     elements = tile.BLOCK_M * tile.BLOCK_N
     if elements > MAX_TILE:
@@ -107,7 +107,7 @@ def limited(tile):
 
 def with_tile(kernel, stage, tile):
     """A call of the stage's kernel with this tile, or with none."""
-    from triton_attention_launch import forcing
+    from triton_attention.launch import forcing
 
     def call():
         limited(tile)
@@ -125,7 +125,7 @@ def with_tile(kernel, stage, tile):
 @functools.lru_cache(maxsize=1)
 def stage_of(kernel, shape, seed):
     """The inputs, shared by all tiles, and the reference, computed once."""
-    stage = benchmark_providers.STAGES[kernel.stage](*shape, seed)
+    stage = providers.STAGES[kernel.stage](*shape, seed)
     stage.reference = functools.cache(stage.reference)
     return stage
 
@@ -140,7 +140,7 @@ def build(kernel, shape, seed, names):
 
 def case(name, kernel, shape, args, names, about, ending=""):
     build_it = functools.partial(build, kernel, shape, args.seed, names)
-    return Case(name, benchmark_providers.label(*shape) + ending, list(names), build_it, about)
+    return Case(name, providers.label(*shape) + ending, list(names), build_it, about)
 
 
 def shapes(args, interpreted):
@@ -156,63 +156,63 @@ def found_tiles(name, args, interpreted):
 
 def compile_missing(names, args):
     """Compile what will be measured of some kernels, all at once, on every core."""
-    known = benchmark_results.saved_points(args, SCRIPT)
+    known = results.saved_points(args, SCRIPT)
 
     def calls():
         for name in names:
             kernel, shape = KERNELS[name], shapes(args, False)
-            label = benchmark_providers.label(*shape)
+            label = providers.label(*shape)
             for tile in found_tiles(name, args, False):
                 if wanted(name_of(tile), args) and (name, label, name_of(tile)) not in known:
                     yield kernel, with_tile(kernel, stage_of(kernel, shape, args.seed), tile)
 
-    benchmark_tuning.compile_ahead(calls())
+    tuning.compile_ahead(calls())
 
 
 def rows(name, args, interpreted):
     """A Case a tile, after one for the call without a tile."""
     kernel, shape = KERNELS[name], shapes(args, interpreted)
     found = found_tiles(name, args, interpreted)
-    yield case(name, kernel, shape, args, {DEFAULT: None}, benchmark_providers.about(*shape) | {"kernel": name})
+    yield case(name, kernel, shape, args, {DEFAULT: None}, providers.about(*shape) | {"kernel": name})
     for tile in found:
-        about = benchmark_providers.about(*shape) | {"kernel": name, **tile._asdict(), "chosen": tile == found[0]}
+        about = providers.about(*shape) | {"kernel": name, **tile._asdict(), "chosen": tile == found[0]}
         yield case(name, kernel, shape, args, {name_of(tile): tile}, about)
 
 
 def sweep(name, args, watch):
     """All tiles of a kernel one by one, then the best in turns: (rows by tile, the winner's row or None)."""
     kernel, shape = KERNELS[name], shapes(args, watch is None)
-    label = benchmark_providers.label(*shape)
+    label = providers.label(*shape)
     others = lambda row: row.name != name or row.case.removesuffix(IN_TURNS) != label  # noqa: E731
     if watch:
         compile_missing([name], args)
-    found = benchmarking.run(SCRIPT, rows(name, args, watch is None), args, watch, keep=others)
+    found = harness.run(SCRIPT, rows(name, args, watch is None), args, watch, keep=others)
     found = [row for row in found if (row.name, row.case) == (name, label)]
     best = sorted((row for row in found if row.ms and row.provider != DEFAULT), key=lambda row: row.ms)
     if not best:
         return found, None
     some = dict.fromkeys([tile_of(row) for row in best[:FINALISTS]] + [chosen_tile(kernel, shape)])
-    about = benchmark_providers.about(*shape) | {"kernel": name}
+    about = providers.about(*shape) | {"kernel": name}
     final = case(name, kernel, shape, args, {name_of(tile): tile for tile in some}, about, IN_TURNS)
     print("\nthe best and the chosen one, in turns")
-    last = benchmarking.run(SCRIPT, [final], args, watch, keep=lambda row: row.point[:2] != (name, final.label))
+    last = harness.run(SCRIPT, [final], args, watch, keep=lambda row: row.point[:2] != (name, final.label))
     last = [row for row in last if (row.name, row.case) == (name, final.label) and row.ms]
     return found, min(last, key=lambda row: row.ms, default=None)
 
 
 def mark_chosen(name, args, tile=None):
     """In the results file, the tile that is chosen now: by the table, or `tile` where the table has just changed."""
-    path, shape = benchmark_results.path_of(args, SCRIPT), shapes(args, False)
-    info, _ = benchmark_results.load(path)
-    results = benchmark_results.Results(path, info, keep=lambda row: True)
-    for row in results.rows:
-        if row.name == name and row.case == benchmark_providers.label(*shape) and row.provider != DEFAULT:
+    path, shape = results.path_of(args, SCRIPT), shapes(args, False)
+    info, _ = results.load(path)
+    kept = results.Results(path, info, keep=lambda row: True)
+    for row in kept.rows:
+        if row.name == name and row.case == providers.label(*shape) and row.provider != DEFAULT:
             row.about["chosen"] = tile_of(row) == (tile or chosen_tile(KERNELS[name], shape))
-    results.write()
+    kept.write()
 
 
 def tile_of(row):
-    import triton_attention_tuned as tuned
+    from triton_attention import tuned
 
     return tuned.Tile(**{key: row.about[key] for key in tuned.Tile._fields})
 
@@ -230,8 +230,8 @@ def table(found):
 
 def show_saved(args):
     """--plot: the tables of every GPU again, from the JSON."""
-    for folder in benchmark_results.gpus(args.out):
-        info, found = benchmark_results.load(folder / f"{SCRIPT}.json") or ({}, [])
+    for folder in results.gpus(args.out):
+        info, found = results.load(folder / f"{SCRIPT}.json") or ({}, [])
         for name, label in dict.fromkeys(row.point[:2] for row in found if row.name in args.kernel):
             print(f"\n{info['gpu']}, {name}, {label}")
             table([row for row in found if row.point[:2] == (name, label)])
@@ -241,9 +241,9 @@ def save_winner(kernel, shape, winner, tile):
     """--save: the winner's row, for this GPU."""
     import torch
 
-    from triton_attention_device import DEVICE, architecture
-    from triton_attention_launch import places_of
-    from triton_attention_tuned import TILES
+    from triton_attention.device import DEVICE, architecture
+    from triton_attention.launch import places_of
+    from triton_attention.tuned import TILES
 
     if kernel.op is None:
         return "the softmax has its tile from the length of a row: nothing to save"
@@ -254,19 +254,19 @@ def save_winner(kernel, shape, winner, tile):
     key = (kernel.op, place, getattr(torch, dtype).itemsize * 8, D, causal)
     gpu = torch.cuda.get_device_name()
     usual = (B, H, S, gpu) == (4, 16, 4096, "NVIDIA H200")
-    benchmark_tuning.save(
-        benchmark_results.HERE / "triton_attention_tuned.py", key, tile,
+    tuning.save(
+        results.HERE / "triton_attention/tuned.py", key, tile,
         f"{winner.ms:.2f}" + ("" if usual else f", B{B} H{H} S{S} on {gpu}"),
     )
     return f"saved: {key}: {name_of(tile)}, {winner.ms:.3f} ms"
 
 
 def options():
-    p = benchmarking.parser(__doc__.split("\n")[0])
+    p = harness.parser(__doc__.split("\n")[0])
     p.add_argument("--kernel", nargs="+", choices=KERNELS, default=["scores"], help="kernels to tune")
     p.add_argument("--full", action="store_true", help="cross the tiles with warps, pipeline stages and registers")
     p.add_argument("--autotune", action="store_true", help="ask triton.autotune too, through its disk cache")
-    p.add_argument("--save", action="store_true", help="write the winner into triton_attention_tuned.py")
+    p.add_argument("--save", action="store_true", help="write the winner into triton_attention/tuned.py")
     return p
 
 
@@ -274,7 +274,7 @@ def main():
     args = options().parse_args()
     if args.plot:
         raise SystemExit(show_saved(args))
-    watch, wrong = benchmarking.stopwatch(args), False
+    watch, wrong = harness.stopwatch(args), False
     for name in args.kernel:
         kernel, shape = KERNELS[name], shapes(args, watch is None)
         found, winner = sweep(name, args, watch)
@@ -288,7 +288,7 @@ def main():
         if args.autotune and right:
             stage = stage_of(kernel, shape, args.seed)
             calls = {tile: with_tile(kernel, stage, tile) for tile in right.values()}
-            best, ms, known = benchmark_tuning.autotune(kernel.module, kernel.function, calls)
+            best, ms, known = tuning.autotune(kernel.module, kernel.function, calls)
             print(f"triton.autotune: {best}, {ms:.3f} ms{' (from its disk cache)' if known else ''}")
         if args.save and winner:
             print(save_winner(kernel, shape, winner, right[winner.provider]))

@@ -7,8 +7,8 @@ of the tuned table outlined, hatched what does not fit, crossed what is wrong. O
 """
 
 import benchmark_block_sizes
-import benchmark_results
-import benchmarking
+from benchmarks import results
+from benchmarks import harness
 
 SWEEP = list(benchmark_block_sizes.KERNELS)
 
@@ -20,22 +20,22 @@ def rows(args, watch):
 
 
 def main():
-    args = benchmarking.parser(__doc__.split("\n")[0]).parse_args()
+    args = harness.parser(__doc__.split("\n")[0]).parse_args()
     args.full, args.resume, wrong = False, True, False
     if not args.plot:
-        watch = benchmarking.stopwatch(args)
+        watch = harness.stopwatch(args)
         if watch:
             benchmark_block_sizes.compile_missing(SWEEP, args)
-        found = benchmarking.run(benchmark_block_sizes.SCRIPT, rows(args, watch), args, watch)
+        found = harness.run(benchmark_block_sizes.SCRIPT, rows(args, watch), args, watch)
         wrong = any(row.note == "WRONG" for row in found)
         for name in SWEEP if watch else ():
             benchmark_block_sizes.mark_chosen(name, args)
     if args.plot or watch:
-        import benchmark_figures
+        from benchmarks import figures
 
-        gpu = benchmark_results.shown(benchmark_block_sizes.SCRIPT) if args.plot else None  # else the one at hand
-        path = benchmark_results.path_of(args, benchmark_block_sizes.SCRIPT, gpu)
-        if not benchmark_figures.redraw_heatmap(path, benchmark_results.HERE / "heatmap.png"):
+        gpu = results.shown(benchmark_block_sizes.SCRIPT) if args.plot else None  # else the one at hand
+        path = results.path_of(args, benchmark_block_sizes.SCRIPT, gpu)
+        if not figures.redraw_heatmap(path, results.HERE / "heatmap.png"):
             raise SystemExit(f"nothing to draw: {path} has no times")
     raise SystemExit(wrong)
 

@@ -15,10 +15,10 @@ import functools
 import math
 import statistics
 
-import benchmark_providers
-import benchmarking
-from benchmark_results import gpus, load
-from benchmarking import Case
+from benchmarks import providers
+from benchmarks import harness
+from benchmarks.results import gpus, load
+from benchmarks.harness import Case
 
 TOKENS, CHANNELS = 16384, 2048
 HEAD_DIMS, SEQ_LENS = (128, 64), (512, 2048, 8192, 16384)
@@ -30,7 +30,7 @@ NAMES = {"fwd": "forward", "bwd": "backward"}
 
 
 def parser():
-    p = benchmarking.parser(__doc__.split("\n")[0], batch=None, heads=None, plot="show the comparison")
+    p = harness.parser(__doc__.split("\n")[0], batch=None, heads=None, plot="show the comparison")
     p.epilog = f"Without --batch and --heads, B S = {TOKENS} and H D = {CHANNELS}."
     p.add_argument("--kv-heads", type=int, help="heads of keys and values, where they are fewer than those of queries")
     p.add_argument("--passes", type=int, default=3, help="how many times everything is measured; once with --quick")
@@ -72,9 +72,9 @@ def rows(args, interpreted):
                 for causal in (False, True) if args.causal is None else (args.causal,):
                     for dtype in args.dtype or ["bfloat16"]:
                         shape = (B, H, S, D, dtype, causal)
-                        build = functools.partial(benchmark_providers.attention, mode, *shape, args.seed, kv_heads)
-                        label = benchmark_providers.label(*shape, kv_heads)
-                        about = {**benchmark_providers.about(*shape), "mode": mode, "same": same}
+                        build = functools.partial(providers.attention, mode, *shape, args.seed, kv_heads)
+                        label = providers.label(*shape, kv_heads)
+                        about = {**providers.about(*shape), "mode": mode, "same": same}
                         yield Case(f"{NAMES[mode]}, pass {number}", label, list(PEERS[mode]), build, about)
 
 
@@ -129,10 +129,10 @@ def main():
                 print(f"\n{loaded[0]['gpu']}, torch {loaded[0]['torch']}, commit {loaded[0]['commit']}")
                 show(loaded[1])
         return
-    watch = benchmarking.stopwatch(args)
+    watch = harness.stopwatch(args)
     if watch:
         watch.rep = 15  # ms a turn, as there are three passes
-    results = benchmarking.run("benchmark_peers", rows(args, watch is None), args, watch)
+    results = harness.run("benchmark_peers", rows(args, watch is None), args, watch)
     show(results)
     raise SystemExit(any(row.note == "WRONG" for row in results))
 

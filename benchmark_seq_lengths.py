@@ -10,9 +10,9 @@ import functools
 import math
 import statistics
 
-import benchmark_providers
-import benchmarking
-from benchmarking import Case
+from benchmarks import providers
+from benchmarks import harness
+from benchmarks.harness import Case
 
 SWEEP = [128, 512, 2048, 8192, 32768]
 QUICK = [512, 2048, 8192]
@@ -30,9 +30,9 @@ def rows(args, interpreted):
             for mode in ("fwd", "bwd") if args.mode == "both" else (args.mode,):
                 for S in lengths:
                     shape = (B, H, S, D, dtype, bool(args.causal))
-                    build = functools.partial(benchmark_providers.attention, mode, *shape, args.seed)
-                    label, about = benchmark_providers.label(*shape), benchmark_providers.about(*shape)
-                    yield Case(NAMES[mode], label, benchmark_providers.providers(mode, args), build, about)
+                    build = functools.partial(providers.attention, mode, *shape, args.seed)
+                    label, about = providers.label(*shape), providers.about(*shape)
+                    yield Case(NAMES[mode], label, providers.providers(mode, args), build, about)
 
 
 def exponent(points):
@@ -52,9 +52,9 @@ def curves(rows):
 
 def show_exponents(rows):
     """For every curve, how it grows and how it ends."""
-    for (name, case), providers in curves(rows).items():
+    for (name, case), lines in curves(rows).items():
         print(f"\n{name}, {case}: time grows with S to the power of")
-        for provider, line in providers.items():
+        for provider, line in lines.items():
             points = [(row.about["S"], row.ms) for row in line if row.ms]
             slope = exponent(points)
             if slope is None:
@@ -66,16 +66,16 @@ def show_exponents(rows):
 
 
 def main():
-    args = benchmarking.parser(__doc__.split("\n")[0]).parse_args()
+    args = harness.parser(__doc__.split("\n")[0]).parse_args()
     results = []
     if not args.plot:
-        watch = benchmarking.stopwatch(args)
-        results = benchmarking.run("benchmark_seq_lengths", rows(args, watch is None), args, watch)
+        watch = harness.stopwatch(args)
+        results = harness.run("benchmark_seq_lengths", rows(args, watch is None), args, watch)
         show_exponents(results)
     if args.plot or watch:
-        import benchmark_figures
+        from benchmarks import figures
 
-        benchmark_figures.redraw(args.out, "benchmark_seq_lengths")
+        figures.redraw(args.out, "benchmark_seq_lengths")
     raise SystemExit(any(row.note == "WRONG" for row in results))
 
 

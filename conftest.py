@@ -4,11 +4,11 @@
 import pytest
 import torch
 
-from testing import hopper_kernels
-from triton_attention_device import INTERPRETED
+from tests.reference import hopper_kernels
+from triton_attention.device import INTERPRETED
 
 if INTERPRETED:
-    import strict_interpreter  # noqa: F401
+    from tests import strict_interpreter  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

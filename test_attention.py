@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from testing import (
+from tests.reference import (
     ATTENTION, BF16, DEVICE, F16, F32, F64, HERE, INF, LAYOUTS, NAN, SHAPES, T, assert_close, compare, double, fused,
     randn, staged, torch_fused, torch_scores, torch_softmax, torch_staged, torch_values, torch_visible,
 )
 from triton_attention_fused import MAX_HEAD_DIM, attention_fused, merge_attention
-from triton_attention_device import describe_device
+from triton_attention.device import describe_device
 from triton_attention_layer import attention_staged
 from triton_attention_scores import attention_scores
 from triton_attention_softmax import attention_softmax
@@ -496,5 +496,5 @@ def test_bad_input(error, match, function, args, kwargs):
 if __name__ == "__main__":
     print(describe_device())
     workers = ["-n", str(min(os.cpu_count() or 1, 12))]  # each a process: the interpreter has one thread
-    files = sorted(str(path) for path in HERE.glob("test_*.py"))
+    files = [__file__, *sorted(str(path) for path in (HERE / "tests").glob("test_*.py"))]
     raise SystemExit(pytest.main([*files, "-q", *workers, "--durations=5", *sys.argv[1:]]))

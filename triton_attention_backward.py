@@ -13,16 +13,17 @@ dP - rowsum(dO * O) loses digits that dP - rowsum(P * dP) keeps.
 
 import torch
 
-import triton_attention_device  # noqa: F401  before triton: it chooses the mode
+import triton_attention  # noqa: F401  before triton: it chooses the mode
 import triton
 import triton.language as tl
 
-from triton_attention_launch import (
-    Function, compile_options, define_op, differentiate, dot_precision, fold, launch, tile_for, unfold,
-)
+from triton_attention.launch import launch
+from triton_attention.operators import Function, define_op, differentiate, fold, unfold
+from triton_attention.tile_choice import compile_options, dot_precision, tile_for
 from triton_attention_scores import Scores, scores_op
-from triton_attention_softmax import MaskGradient, SoftmaxBackward, softmax_op
-from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile
+from triton_attention.softmax_backward import MaskGradient, SoftmaxBackward
+from triton_attention_softmax import softmax_op
+from triton_attention.tiles import dot, head_ptr, load_tile, split_program, store_tile
 from triton_attention_values import Values, values_op
 
 

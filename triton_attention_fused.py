@@ -11,7 +11,7 @@
 
 Dao et al., "FlashAttention", 2022, with the loop order of Dao, "FlashAttention-2", 2023; the online softmax is Milakov
 and Gimelshein's, 2018. Few queries and many keys (decoding) would leave the GPU idle: then programs share the keys of
-a query tile (triton_attention_merge.py).
+a query tile (triton_attention/merge.py).
 
 Exponentials are base 2 inside, one instruction on a GPU; log2(e) is folded into the scale. The public lse is natural.
 """
@@ -20,28 +20,28 @@ import math
 
 import torch
 
-from triton_attention_device import DEVICE, INTERPRETED, processors  # before triton: it chooses the mode
+from triton_attention.device import DEVICE, INTERPRETED, processors  # before triton: it chooses the mode
 import triton
 import triton.language as tl
 
-from triton_attention_checks import (
+from triton_attention.checks import (
     autocast, check_blocks, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape, check_sinks,
     check_softcap, check_tensors, check_window,
 )
-from triton_attention_fused_backward import FEW_QUERIES, fused_arguments, fused_backward_op, paired
-from triton_attention_fused_bias import fused_bias_gradient_op
-from triton_attention_dropout import draw_seed
-from triton_attention_launch import (
-    Function, compile_options, define_op, differentiate, empty_heads, fold, hopper, launch,
-    must_dispatch, replayable, tile_for, unfold,
+from triton_attention.fused_backward import fused_backward_op
+from triton_attention.fused_common import FEW_QUERIES, fused_arguments, paired
+from triton_attention.fused_bias import fused_bias_gradient_op
+from triton_attention.dropout import draw_seed
+from triton_attention.launch import empty_heads, launch
+from triton_attention.operators import (
+    Function, define_op, differentiate, fold, hopper, must_dispatch, replayable, unfold,
 )
-from triton_attention_logits import exponential, key_range, logits, lowest, steps, store_pair
-from triton_attention_merge import count_splits, merge_attention, merge_splits  # noqa: F401  public here
-from triton_attention_parts import in_parts
-from triton_attention_tiles import (
-    head_ptr, hide_loads, inverse_sum, keep_mask, load_parts, product, rows_dot, signed, split_program, store_tile,
-    whole,
-)
+from triton_attention.tile_choice import compile_options, tile_for
+from triton_attention.logits import exponential, key_range, logits, lowest, steps, store_pair
+from triton_attention.merge import count_splits, merge_attention, merge_splits  # noqa: F401  public here
+from triton_attention.float32 import in_parts
+from triton_attention.float32 import load_parts, product, rows_dot, signed, whole
+from triton_attention.tiles import head_ptr, hide_loads, inverse_sum, keep_mask, split_program, store_tile
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
 
@@ -229,7 +229,7 @@ def fused_op(
         return outputs
     plain = mask is None and sinks is None and seed is None and softcap == 0.0 and block_m is None and block_n is None
     if plain and k.shape[2] > 0 and not must_dispatch((q, k, v)):  # torch.compile gets the plain kernel
-        kernels = hopper("triton_attention_hopper", q.device)
+        kernels = hopper("forward", q.device)
         if kernels and kernels.applies(q, k, v, o, scale, processors(q.device)):
             kernels.forward(q, k, v, o, lse, scale, left, right, processors(q.device))
             return outputs

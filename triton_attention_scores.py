@@ -15,18 +15,19 @@ product of triton_attention_values.py. Vaswani et al., "Attention Is All You Nee
 
 import torch
 
-from triton_attention_device import DEVICE  # before triton: it chooses the mode
+from triton_attention.device import DEVICE  # before triton: it chooses the mode
 import triton
 import triton.language as tl
 
-from triton_attention_checks import (
+from triton_attention.checks import (
     autocast, check_blocks, check_flag, check_heads, check_scale, check_shape, check_tensors,
 )
-from triton_attention_launch import (
-    Function, compile_options, define_op, differentiate, dot_precision, fold, hopper, launch, must_dispatch,
-    replayable, tile_for, unfold,
+from triton_attention.launch import launch
+from triton_attention.operators import (
+    Function, define_op, differentiate, fold, hopper, must_dispatch, replayable, unfold,
 )
-from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
+from triton_attention.tile_choice import compile_options, dot_precision, tile_for
+from triton_attention.tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
 
 
 @triton.jit
@@ -86,7 +87,7 @@ def scores_op(
     """S [B, H, M, N] of q [B, H, M, D] and k [B, Hk, N, D]; the future is `fill`, 0 or -inf, or unwritten if None."""
     (B, H, M), D, (Hk, N) = q.shape[:3], int(q.shape[3]), k.shape[1:3]
     if diagonal is None and block_m is None and block_n is None and not must_dispatch((q, k)):
-        kernels = hopper("triton_attention_scores_hopper", q.device)
+        kernels = hopper("scores", q.device)
         if kernels and kernels.applies(q, k):
             return kernels.scores_hopper(q, k, scale)
     s = q.new_empty(B, H, M, N)

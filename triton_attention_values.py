@@ -16,17 +16,16 @@ that come out with one are done again by a second kernel. That costs a launch; a
 
 import torch
 
-from triton_attention_device import DEVICE, INTERPRETED  # before triton: it chooses the mode
+from triton_attention.device import DEVICE, INTERPRETED  # before triton: it chooses the mode
 import triton
 import triton.language as tl
 
-from triton_attention_checks import autocast, check_blocks, check_flag, check_heads, check_shape, check_tensors
-from triton_attention_launch import (
-    Function, compile_options, define_op, differentiate, dot_precision, empty_heads, fold, launch,
-    replayable, tile_for, unfold,
-)
+from triton_attention.checks import autocast, check_blocks, check_flag, check_heads, check_shape, check_tensors
+from triton_attention.launch import empty_heads, launch
+from triton_attention.operators import Function, define_op, differentiate, fold, replayable, unfold
+from triton_attention.tile_choice import compile_options, dot_precision, tile_for
 from triton_attention_scores import Scores
-from triton_attention_tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
+from triton_attention.tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
 
 
 @triton.jit

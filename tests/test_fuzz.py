@@ -1,0 +1,40 @@
+"""The fuzzer itself: it passes what is right, notices what is not, and a wrong call's line draws that call again."""
+
+import re
+import shlex
+
+from tests import fuzz
+from tests import fuzz_calls
+from tests.reference import run_python
+
+
+def run(capsys, *options):
+    """(exit code, lines printed)."""
+    code = fuzz.main([str(option) for option in options])
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_a_few_calls(capsys):
+    code, lines = run(capsys, "--seed", 29, "--calls", 3, "--only", "softmax")
+    assert code == 0 and lines[-1].startswith("3 calls") and " 0 wrong: 3 softmax" in lines[-1], lines
+
+
+def test_a_planted_fault_is_noticed_and_its_line_repeats_it(capsys, monkeypatch):
+    monkeypatch.setattr(fuzz, "DRAWS", 2)
+    right = fuzz_calls.attention_scores
+    monkeypatch.setattr(fuzz_calls, "attention_scores", lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
+    code, lines = run(capsys, "--seed", 18, "--calls", 1, "--only", "scores")
+    wrong = [line for line in lines if line.startswith("python3 -m tests.fuzz")]
+    assert code == 1 and wrong and f" {len(wrong)} wrong" in lines[-1], lines
+    command, _, what = wrong[0].partition("  # ")
+    assert re.search(r"^scores .*: AssertionError: .*error .*, allowed", what)
+    code, lines = run(capsys, *shlex.split(command)[2:])
+    assert code == 1 and lines[1] == wrong[0]
+    monkeypatch.undo()
+    assert run(capsys, *shlex.split(command)[2:])[0] == 0
+
+
+def test_help_needs_no_torch():
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['tests/fuzz.py', '--help']\n"
+    result = run_python(code + "runpy.run_path('tests/fuzz.py', run_name='__main__')")
+    assert result.returncode == 0 and "--minutes" in result.stdout, result.stderr

@@ -1,0 +1,49 @@
+"""Run a kernel: interpreted, compiled, or traced by torch.compile; with a word for a tile that does not fit."""
+
+import contextlib
+import os
+import threading
+
+import numpy
+import torch
+
+from triton_attention.device import INTERPRETED
+from triton.runtime.errors import OutOfResources
+
+from triton_attention.operators import must_dispatch
+from triton_attention.replay import note
+
+def empty_heads(like, *shape, dtype=None):
+    """An empty [B, H, M, D] in the memory order of `like`: where that is [B, M, H, D], as projections leave them,
+    they become columns again without a copy."""
+    B, H, M, D = shape
+    strides = (M * H * D, D, H * D, 1) if like.stride(1) < like.stride(2) else (H * M * D, M * D, D, 1)
+    return like.new_empty_strided(shape, strides, dtype=dtype)
+
+
+_interpreting = threading.RLock()  # Triton's interpreter replaces what triton.language has, for the whole process
+if hasattr(os, "register_at_fork"):  # a child has only the thread that forked: no other may be in a kernel then
+    os.register_at_fork(
+        before=_interpreting.acquire, after_in_parent=_interpreting.release, after_in_child=_interpreting.release
+    )
+
+
+def launch(kernel, programs, *args, device=None, **constants):
+    """Run `programs` instances of a kernel on `device`, that of the first argument by default."""
+    if INTERPRETED:
+        with _interpreting, numpy.errstate(all="ignore"):  # numpy warns of inf - inf, a GPU does not
+            return kernel[(programs,)](*args, **constants)
+    if must_dispatch(args[:1]):
+        kernel = torch.library.wrap_triton(kernel)
+        constants.pop("maxnreg", None)  # Inductor of torch 2.11 does not know it
+    device = device or args[0].device
+    elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
+    try:
+        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+            note(kernel, kernel[(programs,)](*args, **constants), programs, args, constants)
+    except OutOfResources as error:
+        tile = " x ".join(str(constants[c]) for c in ("BLOCK_M", "BLOCK_N") if c in constants)
+        raise ValueError(
+            f"the tile {tile} (block_m x block_n) does not fit this GPU: it needs {error.required} of {error.name}, "
+            f"there are {error.limit}; pass a smaller block_m or block_n"
+        ) from error

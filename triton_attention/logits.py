@@ -1,0 +1,153 @@
+r"""Device side of the fused kernels: which keys a query sees, and what a tile of scores is before the softmax.
+
+    keys   0    begin   full_begin      full_end     end    N
+           |      |  masked  |   no mask   |  masked  |     |      the tiles that a block of queries visits:
+           | skip |   ///    |             |   \\\    | skip|      only the edges of the visible band pay for a mask
+
+A query m sees the keys from m + left to m + right, each side only where its flag LEFT or RIGHT says so: causal is
+right = 0, a sliding window has both sides. A mask or bias tensor forbids more, key by key.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def key_range(
+    start_m, first_n, last_n, left, right,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, TENSOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """(begin, full_begin, full_end, end): a block of BLOCK_M queries visits key tiles begin ... end of first_n ...
+    last_n; of those from full_begin to full_end every query sees every key. All but end are first_n + k * BLOCK_N.
+    With a mask or bias TENSOR no tile is known to be full: then full_begin = full_end = end."""
+    begin, full_begin, full_end, end = first_n, first_n, last_n, last_n
+    if RIGHT:
+        end = tl.maximum(tl.minimum(start_m + BLOCK_M + right, last_n), first_n)
+        full_end = tl.maximum(tl.minimum(start_m + 1 + right, last_n), first_n)
+    if LEFT:
+        begin = first_n + tl.maximum(tl.minimum(start_m + left, last_n) - first_n, 0) // BLOCK_N * BLOCK_N
+        seen = tl.maximum(tl.minimum(start_m + BLOCK_M - 1 + left, last_n), first_n)
+        full_begin = first_n + tl.cdiv(seen - first_n, BLOCK_N) * BLOCK_N
+    full_end = tl.maximum(first_n + (full_end - first_n) // BLOCK_N * BLOCK_N, full_begin)
+    if TENSOR:
+        full_begin, full_end = end, end
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def query_range(
+    start_n, M, left, right,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, TENSOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """key_range seen from the keys: the query tiles that a block of BLOCK_N keys visits."""
+    begin, full_begin, full_end, end = 0, 0, M, M
+    if RIGHT:
+        begin = tl.maximum(tl.minimum(start_n - right, M), 0) // BLOCK_M * BLOCK_M
+        full_begin = tl.cdiv(tl.maximum(tl.minimum(start_n + BLOCK_N - 1 - right, M), 0), BLOCK_M) * BLOCK_M
+    if LEFT:
+        end = tl.maximum(tl.minimum(start_n + BLOCK_N - left, M), 0)
+        full_end = tl.maximum(tl.minimum(start_n + 1 - left, M), 0)
+    full_end = tl.maximum(full_end // BLOCK_M * BLOCK_M, full_begin)
+    if TENSOR:
+        full_begin, full_end = end, end
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def steps(bounds, MASKED: tl.constexpr):
+    """(first, last, gap) of a loop over tiles: those where everything is visible, or if MASKED the others. Those lie on
+    both sides of a gap, and one loop over either side would be code twice: where() has the gap in it."""
+    if MASKED:
+        return bounds[0], bounds[3] - (bounds[2] - bounds[1]), bounds[2] - bounds[1]
+    return bounds[1], bounds[2], 0
+
+
+@triton.jit
+def hyperbolic_tangent(x):
+    """tanh by a quotient of exponentials, by what it lacks of 1 away from 0, and by its series near 0."""
+    SMALL: tl.constexpr = 0.05 if x.dtype == tl.float64 else 0.3
+    e = tl.exp(-2.0 * tl.abs(x))
+    quotient = tl.where(e > 0.4, 1.0 - e, 2.0 * e) / (1.0 + e)
+    large = tl.where(e > 0.4, quotient, 1.0 - quotient)
+    y = x * x
+    series = 1.0 - y * (1.0 / 3 - y * (2.0 / 15 - y * (17.0 / 315 - y * (62.0 / 2835 - y * 1382.0 / 155925))))
+    series *= tl.abs(x)
+    return tl.where(tl.abs(x) < SMALL, series, large) * tl.where(x < 0, -1.0, 1.0)
+
+
+@triton.jit
+def logits(
+    qk, m, n, M, N, left, right, mask_ptr, mask_strides, scale,
+    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
+):
+    """(x, raw): the logits x of a tile of Q K^T, -inf where m may not see n; without the scale if not SCALED. raw is
+    what was multiplied last: by the softcap, tanh of the scaled product; else by the scale, the product.
+
+    m and n index the tile and broadcast against it, either way round.
+    """
+    x, raw = qk, qk
+    if SOFTCAP > 0.0:
+        raw = hyperbolic_tangent(qk * scale * (1.0 / SOFTCAP))
+        x = raw * SOFTCAP
+    elif SCALED:
+        x = qk * scale
+    if MASKED:
+        keep = (n < N) & (m >= 0)
+        if RIGHT:
+            keep = keep & (n <= m + right)
+        if LEFT:
+            keep = keep & (n >= m + left)
+        offsets = m.to(tl.int64) * mask_strides[0] + n.to(tl.int64) * mask_strides[1]
+        if HAS_MASK:
+            keep = keep & tl.load(mask_ptr + offsets, mask=keep & (m < M), other=False)
+        if HAS_BIAS:
+            bias = tl.load(mask_ptr + offsets, mask=keep & (m < M), other=float("-inf")).to(qk.dtype)
+            keep = keep & (bias != float("-inf"))
+            x = x + bias
+        x = tl.where(keep, x, float("-inf"))
+    return x, raw
+
+
+@triton.jit
+def exponential(
+    x, raw, top, scale,
+    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
+):
+    """e^(logit - top) of what logits() returned.
+
+    SCALED, the difference is rounded once, and the same way in every kernel and every tile: a compiler that fuses a
+    product and a subtraction here and not there would give P of the backward pass other sums than 1. Else the scale,
+    log2(e) and the subtraction are one multiply-add: enough for what 16 bits will hold.
+    """
+    if not SCALED:
+        return tl.exp2(x * (scale * LOG2E) - top * LOG2E)
+    elif HAS_BIAS:
+        return tl.exp(x - top)
+    else:
+        factor = tl.full(raw.shape, SOFTCAP, raw.dtype) if SOFTCAP > 0.0 else scale
+        p = tl.exp(tl.fma(raw, factor, -top))
+        return tl.where(x == float("-inf"), 0.0, p) if MASKED else p
+
+
+@triton.jit
+def lowest(BLOCK: tl.constexpr, dtype: tl.constexpr, SCALED: tl.constexpr):
+    """The maximum of rows that have seen nothing yet: finite, also times log2(e) if not SCALED, so that -inf less it is
+    no NaN. What follows of it is right: a sum of 0, and with its logarithm an lse of -inf."""
+    LARGEST: tl.constexpr = 1.7976931348623157e308 if dtype == tl.float64 else 3.4028234663852886e38
+    return tl.full([BLOCK], -LARGEST if SCALED else -0.69 * LARGEST, dtype)
+
+
+@triton.jit
+def store_pair(ptr, rows, first, second, mask):
+    """Two numbers a row, next to each other."""
+    tl.store(ptr + 2 * rows, first, mask=mask)
+    tl.store(ptr + 2 * rows + 1, second, mask=mask)
+
+
+@triton.jit
+def load_pair(ptr, rows, mask, other):
+    """Inverse of store_pair; outside of the mask (other, 0)."""
+    return tl.load(ptr + 2 * rows, mask=mask, other=other), tl.load(ptr + 2 * rows + 1, mask=mask, other=0.0)

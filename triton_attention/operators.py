@@ -1,0 +1,216 @@
+"""Operators: what PyTorch knows of a launcher, and who has to see a call of it.
+
+    public function      check_* (checks.py) -> differentiate(Function, ...)
+    Function.forward     the operator (define_op): opaque to the interpreter, transparent to torch.compile
+    operator body        tile_for (tile_choice.py) -> launch(kernel, grid, ...) (launch.py)
+"""
+
+import functools
+import importlib
+
+import torch
+from torch._functorch.utils import unwrap_dead_wrappers
+
+from triton_attention.device import DEVICE, INTERPRETED, architecture
+from triton_attention.replay import recording, replayed
+from triton_attention.tile_choice import is_forced
+
+# keys of tensors and threads for which the dispatcher would do no more than call the launcher: autograd is in the
+# Functions, autocast in autocast(), and the bit Negative is resolved
+_PLAIN = {"CPU", "CUDA", "XPU", "ADInplaceOrView", "BackendSelect", "Negative"} | {
+    key + backend for key in ("Autograd", "Autocast") for backend in ("CPU", "CUDA", "XPU")
+}
+_WATCHED = {"Python", "PythonTLSSnapshot"}  # those of a thread whose launcher is being recorded
+_NO_TENSORS = {type(None), bool, int, float, str, torch.dtype}
+_kinds = {}  # keys as a number -> "plain", "watched" or "other"
+_keys_of, _keys_of_thread = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
+
+
+def _kind(keys):
+    number = keys.raw_repr()
+    kind = _kinds.get(number)
+    if kind is None:
+        others = set(str(keys).removeprefix("DispatchKeySet(").removesuffix(")").split(", ")) - _PLAIN
+        kind = _kinds[number] = "plain" if not others else "watched" if others == _WATCHED else "other"
+    return kind
+
+
+def must_dispatch(args):
+    """Whether somebody (torch.compile, a mode, a transform, a tensor of another kind) has to see the operator."""
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    kind = _kind(_keys_of_thread())
+    if kind != "plain" and not (kind == "watched" and recording() and torch._C._len_torch_dispatch_stack() == 1):
+        return True
+    if torch._C._len_torch_function_stack() > 0:  # torch.set_default_device is one that does not care
+        modes = torch.overrides._get_current_function_mode_stack()
+        if any(type(mode) is not torch.utils._device.DeviceContext for mode in modes):
+            return True
+    for a in args:
+        kind = type(a)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if _kind(_keys_of(a)) != "plain":
+                return True
+        elif kind not in _NO_TENSORS and isinstance(a, torch.Tensor):
+            return True
+    return False
+
+
+def _widened(t):
+    """bfloat16 as float32, with the same strides: launchers lay their outputs out by them."""
+    once = t[tuple(slice(None) if stride else slice(1) for stride in t.stride())]
+    return once.new_empty_strided(once.shape, once.stride(), dtype=torch.float32).copy_(once).expand(t.shape)
+
+
+def _without_bfloat16(launcher, wide=()):
+    """The interpreter computes on the raw bits of bfloat16: upcast before, round in torch after."""
+
+    @functools.wraps(launcher)
+    def run(*args):
+        asked = [a for a in args if isinstance(a, torch.dtype)]
+        dtypes = [a.dtype for a in args if isinstance(a, torch.Tensor)]
+        if torch.bfloat16 not in asked + dtypes:
+            return launcher(*args)
+        dtype = (asked + dtypes)[0]
+        args = [_widened(a) if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args]
+        out = launcher(*(torch.float32 if a is torch.bfloat16 else a for a in args))
+        if not isinstance(out, tuple):
+            return out.to(dtype)
+        return tuple(o if i in wide else o.to(dtype) for i, o in enumerate(out))
+
+    return run
+
+
+def define_op(name, fake, wide=()):
+    """Decorator: make `triton_attention::name` of a launcher; `fake` gives its output without running it, `wide` are
+    the numbers of the outputs that are float32 whatever the inputs are.
+
+    Compiled kernels become a `triton_op`, which Inductor looks into; interpreted ones a `custom_op`, which
+    nothing may trace into. A plain eager call goes straight to the launcher, past 35 us of dispatching, and on a GPU
+    soon past the launcher too (triton_attention/replay.py).
+    """
+
+    def decorate(launcher):
+        if INTERPRETED:
+            launcher = _without_bfloat16(launcher, wide)
+            op = torch.library.custom_op(f"triton_attention::{name}", launcher, mutates_args=())
+        else:
+            op = torch.library.triton_op(f"triton_attention::{name}", launcher, mutates_args=())
+        op.register_fake(fake)  # that of triton_op is the launcher, which asks too much of a dynamic length
+
+        @functools.wraps(launcher)
+        def eager(*args):
+            # what the dispatcher would do: the imaginary part of a conjugate is a view on memory of the opposite sign
+            return launcher(*(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args))
+
+        @functools.wraps(launcher)
+        def call(*args):
+            return op(*args) if must_dispatch(args) else replayed(eager, args, {})
+
+        call.op = op
+        return call
+
+    return decorate
+
+
+class Function(torch.autograd.Function):
+    """A torch.autograd.Function for differentiate. If `op` takes the arguments of its forward, it gets its derivative:
+    in a program of torch.export or torch.jit.trace it stands alone."""
+
+    op = None
+
+    def __init_subclass__(cls):
+        @torch.compiler.allow_in_graph
+        def node(*args):
+            return cls.apply(*args)
+
+        cls.node = staticmethod(lambda *args: node(*args))
+        if cls.op is not None:
+            cls.op.op.register_autograd(cls.backward, setup_context=cls.setup_context)
+
+
+def asks_gradient(args):
+    if torch.is_grad_enabled():
+        for a in args:
+            if isinstance(a, torch.Tensor) and a.requires_grad:
+                return True
+    return False
+
+
+def replayable(function):
+    """Decorator of a public function: an eager call without a gradient is replayed as a whole, checks included."""
+    if INTERPRETED:
+        return function
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        everything = (*args, *kwargs.values())
+        if must_dispatch(everything) or asks_gradient(everything) or torch.is_autocast_enabled(DEVICE.type):
+            return function(*args, **kwargs)
+        return replayed(function, args, kwargs)
+
+    return call
+
+
+@torch._dynamo.assume_constant_result
+def _is_exporting():
+    return torch.compiler.is_exporting()  # which torch.compile of torch 2.11 takes for True
+
+
+@torch._dynamo.assume_constant_result
+def _inside_transform():
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def differentiate(function, *args):
+    """`function.apply(*args)`, or its forward alone where nobody can ask for a gradient (saves 15 us)."""
+    if _is_exporting() and not _inside_transform():
+        return function.forward(*args)  # the operators have derivatives; what apply leaves in the graph has none
+    if torch.compiler.is_dynamo_compiling():
+        if _inside_transform():  # of torch.func, of which torch.compile's own way with Functions loses gradients
+            return function.node(*args)
+        # torch.compile takes no tensor twice: self-attention on a plain x would be refused
+        again = [any(a is b for b in args[:i]) and isinstance(a, torch.Tensor) for i, a in enumerate(args)]
+        return function.apply(*(a.view_as(a) if twice else a for a, twice in zip(args, again, strict=True)))
+    if torch._C._get_tracing_state() is not None:
+        return function.forward(*args)  # torch.jit.trace too, and could not run what apply leaves
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return function.apply(*args)
+    args = unwrap_dead_wrappers(args)  # what torch.func.vjp saved, after it has returned
+    if asks_gradient(args):
+        # past Function.apply itself, which asks inspect for the signature of forward: 50 us
+        return super(torch.autograd.Function, function).apply(*args)
+    return function.forward(*args)
+
+
+def fold(info, in_dims, *tensors):
+    """For a vmap rule: move the mapped dimension of each tensor into its batch, [B, ...] -> [V * B, ...].
+
+    The first tensor has the full batch; the others may have 1 there (masks) or be None.
+    """
+    moved = [
+        None if t is None else t.unsqueeze(0) if dim is None else t.movedim(dim, 0)
+        for t, dim in zip(tensors, in_dims, strict=False)
+    ]
+    size = (info.batch_size, moved[0].shape[1])
+    return [None if t is None else t.expand(*size, *t.shape[2:]).flatten(0, 1) for t in moved]
+
+
+def unfold(info, out):
+    """Inverse of fold for an output: [V * B, ...] -> [V, B, ...]."""
+    return out.unflatten(0, (info.batch_size, -1))
+
+
+def hopper(name, device):
+    """The module of kernels for Hopper if the device is one and this Triton has what they are made of, else None."""
+    if INTERPRETED or architecture(device) != "sm_90" or is_forced():
+        return None
+    return _import(f"triton_attention.hopper.{name}")
+
+
+@functools.lru_cache
+def _import(module):
+    try:
+        return importlib.import_module(module)
+    except (ImportError, AttributeError):  # Gluon is experimental: without it, the plain kernels run
+        return None

@@ -1,0 +1,181 @@
+"""Back through the softmax of a row, dS = P * (dP - rowsum(P * dP)), and the gradient of a mask that was added to it.
+
+Linear in dP with the symmetric matrix diag(P) - P P^T, so that its own gradient by dP is the same operation.
+"""
+
+import torch
+
+import triton
+import triton.language as tl
+
+from triton_attention.launch import launch
+from triton_attention.operators import Function, define_op, differentiate, fold, unfold
+from triton_attention.tile_choice import row_tile
+from triton_attention.tiles import head_ptr, load_scores, load_tile, split_program, store_tile
+
+
+@triton.jit
+def _gradient(
+    p_ptr, p_strides, dp_ptr, dp_strides, M, N, offs_m, offs_n, diagonal, ACC: tl.constexpr, CAUSAL: tl.constexpr
+):
+    """Tiles of P and dP; dP counts only where P is not zero, so that a masked key cannot bring in its NaN."""
+    p = load_scores(p_ptr, p_strides, M, N, offs_m, offs_n, diagonal, 0.0, CAUSAL).to(ACC)
+    dp = load_scores(dp_ptr, dp_strides, M, N, offs_m, offs_n, diagonal, 0.0, CAUSAL).to(ACC)
+    return p, tl.where(p == 0.0, 0.0, dp)
+
+
+@triton.jit
+def _softmax_bwd_kernel(
+    p_ptr, stride_pb, stride_ph, stride_pm, stride_pn,
+    dp_ptr, stride_gb, stride_gh, stride_gm, stride_gn,
+    ds_ptr, stride_sb, stride_sh, stride_sm, stride_sn,
+    H, M, N, diagonal,
+    CAUSAL: tl.constexpr, WHOLE_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    tile, off_b, off_h = split_program(tl.program_id(0), tl.cdiv(M, BLOCK_M), H)
+    p_ptr = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h)
+    dp_ptr = head_ptr(dp_ptr, stride_gb, stride_gh, off_b, off_h)
+    ds_ptr = head_ptr(ds_ptr, stride_sb, stride_sh, off_b, off_h)
+    p_strides, dp_strides, ds_strides = (stride_pm, stride_pn), (stride_gm, stride_gn), (stride_sm, stride_sn)
+    ACC: tl.constexpr = tl.float64 if p_ptr.dtype.element_ty == tl.float64 else tl.float32
+
+    start_m = tile * BLOCK_M
+    offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    if WHOLE_ROW:
+        p, dp = _gradient(p_ptr, p_strides, dp_ptr, dp_strides, M, N, offs_m, offs_n, diagonal, ACC, CAUSAL)
+        dp -= tl.sum(p * dp, 1)[:, None]
+        delta = tl.sum(p * dp, 1)  # what rounding left over: much, where one key has almost all of the weight
+        store_tile(ds_ptr, ds_strides, (M, N), offs_m, offs_n, p * (dp - delta[:, None]))
+    else:
+        end_n = N
+        if CAUSAL:
+            end_n = tl.minimum(start_m + BLOCK_M + diagonal, N)
+        delta = tl.zeros([BLOCK_M], ACC)
+        for start_n in range(0, end_n, BLOCK_N):
+            offs = start_n + offs_n
+            p, dp = _gradient(p_ptr, p_strides, dp_ptr, dp_strides, M, N, offs_m, offs, diagonal, ACC, CAUSAL)
+            delta += tl.sum(p * dp, 1)
+        for start_n in range(0, N, BLOCK_N):
+            offs = start_n + offs_n
+            p, dp = _gradient(p_ptr, p_strides, dp_ptr, dp_strides, M, N, offs_m, offs, diagonal, ACC, CAUSAL)
+            store_tile(ds_ptr, ds_strides, (M, N), offs_m, offs, p * (dp - delta[:, None]))
+
+
+@triton.jit
+def _mask_grad_kernel(
+    ds_ptr, stride_sb, stride_sh, stride_sm, stride_sn,
+    g_ptr, stride_gb, stride_gh, stride_gm, stride_gn,
+    B, H, M, N, GH, GM, GN,
+    SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_M: tl.constexpr, SUM_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """One tile of the mask's gradient [GB, GH, GM, GN]: dS summed over the dimensions where the mask has size 1."""
+    col_tiles = tl.cdiv(GN, BLOCK_N)
+    tile, off_b, off_h = split_program(tl.program_id(0), tl.cdiv(GM, BLOCK_M) * col_tiles, GH)
+    start_m, start_n = tile // col_tiles * BLOCK_M, tile % col_tiles * BLOCK_N
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+
+    ACC: tl.constexpr = tl.float64 if ds_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    for b in range(0, B if SUM_B else 1):
+        for h in range(0, H if SUM_H else 1):
+            head = head_ptr(ds_ptr, stride_sb, stride_sh, off_b + b, off_h + h)
+            for m in range(start_m, M if SUM_M else start_m + 1, BLOCK_M):
+                for n in range(start_n, N if SUM_N else start_n + 1, BLOCK_N):
+                    acc += load_tile(head, (stride_sm, stride_sn), (M, N), m + offs_m, n + offs_n).to(ACC)
+    if SUM_M:
+        acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], acc.shape)
+    if SUM_N:
+        acc = tl.broadcast_to(tl.sum(acc, 1)[:, None], acc.shape)
+    g_ptr = head_ptr(g_ptr, stride_gb, stride_gh, off_b, off_h)
+    store_tile(g_ptr, (stride_gm, stride_gn), (GM, GN), start_m + offs_m, start_n + offs_n, acc)
+
+
+def like_first(x, *others):
+    return x.new_empty(x.shape)
+
+
+@define_op("softmax_backward", fake=like_first)
+def softmax_backward_op(probs: torch.Tensor, dp: torch.Tensor, diagonal: int | None) -> torch.Tensor:
+    """dS = P * (dP - rowsum(P * dP)), like probs."""
+    (B, H, M, N), ds = probs.shape, probs.new_empty(probs.shape)
+    if ds.numel() == 0:
+        return ds
+    tile = row_tile(probs, False)
+    launch(
+        _softmax_bwd_kernel, B * H * triton.cdiv(M, tile["BLOCK_M"]),
+        probs, *probs.stride(), dp, *dp.stride(), ds, *ds.stride(),
+        H, M, N, diagonal or 0, CAUSAL=diagonal is not None, **tile,
+    )
+    return ds
+
+
+@define_op("mask_gradient", fake=lambda ds, shape, dtype: ds.new_empty(shape, dtype=dtype))
+def mask_gradient_op(ds: torch.Tensor, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """dS [B, H, M, N] summed to the mask's 4-D shape."""
+    (B, H, M, N), grad = ds.shape, ds.new_empty(shape, dtype=dtype)
+    if grad.numel() == 0 or ds.numel() == 0:
+        return grad.zero_()
+    sums = [g == 1 for g in shape]
+    launch(
+        _mask_grad_kernel, shape[0] * shape[1] * triton.cdiv(shape[2], 16) * triton.cdiv(shape[3], 128),
+        ds, *ds.stride(), grad, *grad.stride(), B, H, M, N, *shape[1:],
+        SUM_B=sums[0], SUM_H=sums[1], SUM_M=sums[2], SUM_N=sums[3], BLOCK_M=16, BLOCK_N=128, num_warps=4,
+    )
+    return grad
+
+
+class SoftmaxBackward(Function):
+    """dS of P and dP, differentiable itself: linear in dP with the symmetric matrix diag(P) - P P^T."""
+
+    op = softmax_backward_op
+
+    @staticmethod
+    def forward(probs, dp, diagonal):
+        return softmax_backward_op(probs, dp, diagonal)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        probs, dp, ctx.diagonal = inputs
+        ctx.save_for_backward(probs, dp)
+
+    @staticmethod
+    def backward(ctx, g):
+        probs, dp = ctx.saved_tensors
+        g_probs, g_dp = None, None
+        if ctx.needs_input_grad[0]:
+            wide = torch.promote_types(probs.dtype, torch.float32)
+            p, g_wide = probs.to(wide), g.to(wide).masked_fill(probs == 0, 0.0)
+            dp_wide = dp.to(wide).masked_fill(probs == 0, 0.0)
+            delta, gamma = (p * dp_wide).sum(-1, keepdim=True), (p * g_wide).sum(-1, keepdim=True)
+            g_probs = (g_wide * (dp_wide - delta) - gamma * dp_wide).to(probs.dtype)
+        if ctx.needs_input_grad[1]:
+            g_dp = differentiate(SoftmaxBackward, probs, g, ctx.diagonal)
+        return g_probs, g_dp, None
+
+    @staticmethod
+    def vmap(info, in_dims, probs, dp, diagonal):
+        return unfold(info, differentiate(SoftmaxBackward, *fold(info, in_dims, probs, dp), diagonal)), 0
+
+
+class MaskGradient(Function):
+    """dS summed to the shape of the mask."""
+
+    op = mask_gradient_op
+
+    @staticmethod
+    def forward(ds, shape, dtype):
+        return mask_gradient_op(ds, shape, dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.to(ctx.dtype).expand(ctx.shape), None, None
+
+    @staticmethod
+    def vmap(info, in_dims, ds, shape, dtype):
+        each = [differentiate(MaskGradient, one, shape, dtype) for one in ds.unbind(in_dims[0])]
+        return torch.stack(each), 0

@@ -1,0 +1,125 @@
+"""Tiles: the only file that builds a pointer grid, a boundary mask or a dot.
+
+    columns   0 ...... N         a matrix is (ptr, strides, shape), a tile the pair of its row and column
+    rows 0  +----+----+--+       offsets; what lies outside `shape` reads the neutral element of the caller's
+         .  |    |tile|//|       reduction (0 for a dot, -inf for a softmax) and is never written
+         M  +----+----+--+
+"""
+
+import torch
+
+import triton
+import triton.language as tl
+
+# whether a product is one of NVIDIA's; Inductor compiles where no driver can be asked
+NVIDIA = tl.constexpr(torch.version.cuda is not None and not triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def load_tile(
+    ptr, strides, shape, rows, cols, other=0.0, CHECK_ROWS: tl.constexpr = True, CHECK_COLS: tl.constexpr = True
+):
+    """Tile [rows, cols] of a strided matrix; elements outside `shape` read `other`. A check may be left out where
+    nothing is outside."""
+    ptrs = ptr + rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
+    if CHECK_ROWS and CHECK_COLS:
+        return tl.load(ptrs, mask=(rows[:, None] < shape[0]) & (cols[None, :] < shape[1]), other=other)
+    elif CHECK_ROWS:
+        return tl.load(ptrs, mask=rows[:, None] < shape[0], other=other)
+    elif CHECK_COLS:
+        return tl.load(ptrs, mask=cols[None, :] < shape[1], other=other)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_tile(ptr, strides, shape, rows, cols, tile):
+    """Inverse of load_tile; rounds to the dtype of `ptr`."""
+    ptrs = ptr + rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(rows[:, None] < shape[0]) & (cols[None, :] < shape[1]))
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b; PRECISION says how float32 is multiplied, see dot_precision in triton_attention/launch.py."""
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def hide_loads(x, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr):
+    """x, a float32 or float64 tile computed beside a mask or random bits, as an operand of a product.
+
+    For mma.sync, Triton lays an operand out for the narrowest load among its elementwise ancestors, 8 bits of a bool
+    mask, and halves that where bits are joined. Float64 then does not compile, and a product over fewer columns than
+    the layout has is wrong (Triton 3.6 to 3.9). An instruction it knows nothing of, here an empty one, ends the search.
+    """
+    if HAS_MASK or DROPOUT or (HAS_BIAS and x.dtype == tl.float64):
+        if NVIDIA:
+            CONSTRAINTS: tl.constexpr = "=d,0" if x.dtype == tl.float64 else "=f,0"
+            x = tl.inline_asm_elementwise("", CONSTRAINTS, [x], dtype=x.dtype, is_pure=False, pack=1)
+    return x
+
+
+@triton.jit
+def inverse_sum(l_i):
+    """1 / l_i in full precision (float32's own / may be two units off), and 1 for the sum 0 of a row without keys."""
+    l_i = tl.where(l_i == 0.0, 1.0, l_i)
+    if l_i.dtype == tl.float64:
+        return 1.0 / l_i
+    else:
+        return tl.div_rn(1.0, l_i)
+
+
+@triton.jit
+def head_ptr(ptr, stride_b, stride_h, off_b, off_h):
+    """First element of one head of a [B, H, rows, cols] tensor."""
+    return ptr + off_b.to(tl.int64) * stride_b + off_h.to(tl.int64) * stride_h
+
+
+@triton.jit
+def split_program(pid, tiles, H):
+    """Program number -> (tile, off_b, off_h): tiles of one head are neighbours, so that they share it in L2.
+
+    One grid dimension: the others end at 65535 programs.
+    """
+    off_bh = pid // tiles
+    return pid % tiles, off_bh // H, off_bh % H
+
+
+@triton.jit
+def visible(rows, cols, diagonal):
+    """Causal rule for a tile: query m sees the keys n <= m + diagonal."""
+    return cols[None, :] <= rows[:, None] + diagonal
+
+
+@triton.jit
+def load_visible(ptr, strides, shape, rows, cols, diagonal, other=0.0):
+    """load_tile of what a causal query sees, rounded up to 16 keys: a mask that is constant over 16 elements
+    leaves the loads as wide as they were."""
+    ptrs = ptr + rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
+    inside = (rows[:, None] < shape[0]) & (cols[None, :] < shape[1])
+    return tl.load(ptrs, mask=inside & visible(rows, cols // 16 * 16, diagonal), other=other)
+
+
+@triton.jit
+def keep_mask(seed, off_b, off_h, rows, start_n, dropout_p, BLOCK_N: tl.constexpr):
+    """Dropout: which elements of the tile [rows, start_n : start_n + BLOCK_N] stay, each with 1 - dropout_p.
+
+    Philox (Salmon et al., SC 2011) with seven rounds, keyed by the seed and counted by (n // 4, m, h, b): its four
+    words are the four columns of a group, so an element's fate depends on (seed, b, h, m, n) and on nothing else.
+    """
+    groups = (start_n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)[None, :]
+    zero = (rows * 0).to(tl.uint32)[:, None] + groups * 0
+    c1, c2, c3 = zero + rows.to(tl.uint32)[:, None], zero + off_h.to(tl.uint32), zero + off_b.to(tl.uint32)
+    r0, r1, r2, r3 = tl.philox(seed, zero + groups, c1, c2, c3, n_rounds=7)
+    bits = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(rows.shape[0], BLOCK_N)
+    return tl.uint_to_uniform_float(bits) >= dropout_p
+
+
+@triton.jit
+def load_scores(ptr, strides, M, N, offs_m, offs_n, diagonal, other, CAUSAL: tl.constexpr):
+    """Tile of S, P or dP, `other` where it lies outside or no query may see it."""
+    if not CAUSAL:
+        return load_tile(ptr, strides, (M, N), offs_m, offs_n, other)
+    tile = load_visible(ptr, strides, (M, N), offs_m, offs_n, diagonal, other)
+    return tl.where(visible(offs_m, offs_n, diagonal), tile, other)
