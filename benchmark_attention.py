@@ -8,8 +8,7 @@ SDPA's backends, FlexAttention and FlashAttention; the layer against nn.Multihea
 
 import functools
 
-from benchmarks import providers
-from benchmarks import harness
+from benchmarks import harness, providers
 from benchmarks.harness import Case
 
 # dtype, sequence length, head dim, causal

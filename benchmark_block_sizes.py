@@ -12,10 +12,7 @@ import functools
 import itertools
 from typing import NamedTuple
 
-from benchmarks import providers
-from benchmarks import results
-from benchmarks import tuning
-from benchmarks import harness
+from benchmarks import harness, providers, results, tuning
 from benchmarks.harness import Case, Comparison, wanted
 
 SWEEP = [16, 32, 64, 128, 256]

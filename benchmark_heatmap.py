@@ -7,8 +7,7 @@ of the tuned table outlined, hatched what does not fit, crossed what is wrong. O
 """
 
 import benchmark_block_sizes
-from benchmarks import results
-from benchmarks import harness
+from benchmarks import harness, results
 
 SWEEP = list(benchmark_block_sizes.KERNELS)
 

@@ -15,10 +15,9 @@ import functools
 import math
 import statistics
 
-from benchmarks import providers
-from benchmarks import harness
-from benchmarks.results import gpus, load
+from benchmarks import harness, providers
 from benchmarks.harness import Case
+from benchmarks.results import gpus, load
 
 TOKENS, CHANNELS = 16384, 2048
 HEAD_DIMS, SEQ_LENS = (128, 64), (512, 2048, 8192, 16384)

@@ -10,8 +10,7 @@ import functools
 import math
 import statistics
 
-from benchmarks import providers
-from benchmarks import harness
+from benchmarks import harness, providers
 from benchmarks.harness import Case
 
 SWEEP = [128, 512, 2048, 8192, 32768]

@@ -18,8 +18,8 @@ from tests.reference import (
     ATTENTION, BF16, DEVICE, F16, F32, F64, HERE, INF, LAYOUTS, NAN, SHAPES, T, assert_close, compare, double, fused,
     randn, staged, torch_fused, torch_scores, torch_softmax, torch_staged, torch_values, torch_visible,
 )
-from triton_attention_fused import MAX_HEAD_DIM, attention_fused, merge_attention
 from triton_attention.device import describe_device
+from triton_attention_fused import MAX_HEAD_DIM, attention_fused, merge_attention
 from triton_attention_layer import attention_staged
 from triton_attention_scores import attention_scores
 from triton_attention_softmax import attention_softmax

@@ -19,11 +19,11 @@ import triton.language as tl
 
 from triton_attention.launch import launch
 from triton_attention.operators import Function, define_op, differentiate, fold, unfold
-from triton_attention.tile_choice import compile_options, dot_precision, tile_for
-from triton_attention_scores import Scores, scores_op
 from triton_attention.softmax_backward import MaskGradient, SoftmaxBackward
-from triton_attention_softmax import softmax_op
+from triton_attention.tile_choice import compile_options, dot_precision, tile_for
 from triton_attention.tiles import dot, head_ptr, load_tile, split_program, store_tile
+from triton_attention_scores import Scores, scores_op
+from triton_attention_softmax import softmax_op
 from triton_attention_values import Values, values_op
 
 

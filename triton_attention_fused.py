@@ -20,7 +20,7 @@ import math
 
 import torch
 
-from triton_attention.device import DEVICE, INTERPRETED, processors  # before triton: it chooses the mode
+from triton_attention.device import DEVICE, INTERPRETED  # before triton: it chooses the mode
 import triton
 import triton.language as tl
 
@@ -28,19 +28,16 @@ from triton_attention.checks import (
     autocast, check_blocks, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape, check_sinks,
     check_softcap, check_tensors, check_window,
 )
-from triton_attention.fused_backward import fused_backward_op
-from triton_attention.fused_common import FEW_QUERIES, fused_arguments, paired
-from triton_attention.fused_bias import fused_bias_gradient_op
 from triton_attention.dropout import draw_seed
+from triton_attention.float32 import in_parts, load_parts, product, rows_dot, signed, whole
+from triton_attention.fused_backward import fused_backward_op
+from triton_attention.fused_bias import fused_bias_gradient_op
+from triton_attention.fused_common import FEW_QUERIES, fused_arguments, paired
 from triton_attention.launch import empty_heads, launch
-from triton_attention.operators import (
-    Function, define_op, differentiate, fold, hopper, must_dispatch, replayable, unfold,
-)
-from triton_attention.tile_choice import compile_options, tile_for
 from triton_attention.logits import exponential, key_range, logits, lowest, steps, store_pair
 from triton_attention.merge import count_splits, merge_attention, merge_splits  # noqa: F401  public here
-from triton_attention.float32 import in_parts
-from triton_attention.float32 import load_parts, product, rows_dot, signed, whole
+from triton_attention.operators import Function, define_op, differentiate, fold, replayable, unfold
+from triton_attention.tile_choice import compile_options, tile_for
 from triton_attention.tiles import head_ptr, hide_loads, inverse_sum, keep_mask, split_program, store_tile
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
@@ -215,24 +212,19 @@ def _one_query(q, k, v, mask, sinks, o, lse, left, right):
     return rows(q), k, v, mask, sinks, rows(o), lse.unflatten(1, (k.shape[1], -1)).squeeze(3)
 
 
-@define_op("fused", fake=_outputs, wide=(1, 2))
+@define_op("fused", fake=_outputs, wide=(1, 2), hopper="forward")
 def fused_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor | None,
     seed: torch.Tensor | None, scale: float, softcap: float, dropout_p: float, left: int | None, right: int | None,
     block_m: int | None, block_n: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(O [B, H, M, Dv], lse [B, H, M], stats); the mask is 4-D, of full size or expanded to it; query m sees the keys
+    """(O [B, H, M, Dv], lse [B, H, M], stats); the mask is 4-D with sizes 1 or full; query m sees the keys
     m + left ... m + right, or all on a side that is None. stats [B, H, M, 2] are the maxima of rows and the sums of
     their exponentials, for the backward pass where the rounding of lse would show (see paired); else empty."""
     outputs = o, lse, stats = _outputs(q, k, v, mask)
     if lse.numel() == 0:
         return outputs
-    plain = mask is None and sinks is None and seed is None and softcap == 0.0 and block_m is None and block_n is None
-    if plain and k.shape[2] > 0 and not must_dispatch((q, k, v)):  # torch.compile gets the plain kernel
-        kernels = hopper("forward", q.device)
-        if kernels and kernels.applies(q, k, v, o, scale, processors(q.device)):
-            kernels.forward(q, k, v, o, lse, scale, left, right, processors(q.device))
-            return outputs
+    mask = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
     if q.shape[2] == 1 and k.shape[1] > 0 and seed is None:
         q, k, v, mask, sinks, o, lse = _one_query(q, k, v, mask, sinks, o, lse, left, right)
         left = right = None
@@ -269,14 +261,9 @@ def fused_op(
 
 
 class Fused(Function):
-    """(O, lse); the arguments are those of fused_op, the mask with its sizes of 1."""
+    """(O, lse, stats); the arguments are those of fused_op."""
 
     op = fused_op
-
-    @staticmethod
-    def forward(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n):
-        full = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
-        return fused_op(q, k, v, full, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias
 
-from triton_attention_backward import Staged
 from triton_attention.checks import (
     autocast, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape, check_tensors,
 )
 from triton_attention.device import DEVICE, INTERPRETED
-from triton_attention_fused import MAX_HEAD_DIM, attention_fused
 from triton_attention.operators import asks_gradient, differentiate, must_dispatch, replayable
-from triton_attention_scores import Scores, scores_op
 from triton_attention.tile_choice import ONE_PASS
+from triton_attention_backward import Staged
+from triton_attention_fused import MAX_HEAD_DIM, attention_fused
+from triton_attention_scores import Scores, scores_op
 from triton_attention_softmax import softmax_dropout, softmax_mean_op
 from triton_attention_values import Values, values_op
 

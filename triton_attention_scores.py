@@ -23,9 +23,7 @@ from triton_attention.checks import (
     autocast, check_blocks, check_flag, check_heads, check_scale, check_shape, check_tensors,
 )
 from triton_attention.launch import launch
-from triton_attention.operators import (
-    Function, define_op, differentiate, fold, hopper, must_dispatch, replayable, unfold,
-)
+from triton_attention.operators import Function, define_op, differentiate, fold, replayable, unfold
 from triton_attention.tile_choice import compile_options, dot_precision, tile_for
 from triton_attention.tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
 
@@ -79,17 +77,13 @@ def _scores_shape(q, k, scale, diagonal, fill, block_m, block_n):
     return q.new_empty(*q.shape[:3], k.shape[2])
 
 
-@define_op("scores", fake=_scores_shape)
+@define_op("scores", fake=_scores_shape, hopper="scores")
 def scores_op(
     q: torch.Tensor, k: torch.Tensor, scale: float, diagonal: int | None, fill: float | None,
     block_m: int | None, block_n: int | None,
 ) -> torch.Tensor:
     """S [B, H, M, N] of q [B, H, M, D] and k [B, Hk, N, D]; the future is `fill`, 0 or -inf, or unwritten if None."""
     (B, H, M), D, (Hk, N) = q.shape[:3], int(q.shape[3]), k.shape[1:3]
-    if diagonal is None and block_m is None and block_n is None and not must_dispatch((q, k)):
-        kernels = hopper("scores", q.device)
-        if kernels and kernels.applies(q, k):
-            return kernels.scores_hopper(q, k, scale)
     s = q.new_empty(B, H, M, N)
     if s.numel() == 0:
         return s
@@ -116,10 +110,6 @@ class Scores(Function):
     """S and its gradients; the arguments are those of scores_op."""
 
     op = scores_op
-
-    @staticmethod
-    def forward(q, k, scale, diagonal, fill, block_m, block_n):
-        return scores_op(q, k, scale, diagonal, fill, block_m, block_n)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

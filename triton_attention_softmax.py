@@ -186,10 +186,6 @@ class Softmax(Function):
     op = softmax_op
 
     @staticmethod
-    def forward(scores, mask, diagonal, block_m, block_n):
-        return softmax_op(scores, mask, diagonal, block_m, block_n)
-
-    @staticmethod
     def setup_context(ctx, inputs, output):
         _, mask, ctx.diagonal, *_ = inputs
         ctx.mask_shape, ctx.mask_dtype = (None, None) if mask is None else (list(mask.shape), mask.dtype)

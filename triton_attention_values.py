@@ -24,8 +24,8 @@ from triton_attention.checks import autocast, check_blocks, check_flag, check_he
 from triton_attention.launch import empty_heads, launch
 from triton_attention.operators import Function, define_op, differentiate, fold, replayable, unfold
 from triton_attention.tile_choice import compile_options, dot_precision, tile_for
-from triton_attention_scores import Scores
 from triton_attention.tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
+from triton_attention_scores import Scores
 
 
 @triton.jit

@@ -16,9 +16,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
-from benchmarks import results  # noqa: E402
 from benchmark_block_sizes import DEFAULT, IN_TURNS, KERNELS  # noqa: E402
 from benchmark_seq_lengths import curves  # noqa: E402
+from benchmarks import results  # noqa: E402
 
 MODES = {"light": ("#ffffff", "#1f2328", "#d8dee4"), "dark": ("#0d1117", "#e6edf3", "#30363d")}  # ground, ink, grid
 LOOKS = {  # provider: colour (None: the ink), marker, line

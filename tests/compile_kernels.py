@@ -31,13 +31,13 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from triton_attention import tiles  # noqa: E402
-from triton_attention_backward import dscores_op  # noqa: E402
 from triton_attention.dropout import dropout_op  # noqa: E402
-from triton_attention_fused import fused_op  # noqa: E402
 from triton_attention.fused_backward import fused_backward_op
 from triton_attention.fused_bias import fused_bias_gradient_op  # noqa: E402
-from triton_attention_scores import scores_op  # noqa: E402
 from triton_attention.softmax_backward import mask_gradient_op, softmax_backward_op  # noqa: E402
+from triton_attention_backward import dscores_op  # noqa: E402
+from triton_attention_fused import fused_op  # noqa: E402
+from triton_attention_scores import scores_op  # noqa: E402
 from triton_attention_softmax import softmax_mean_op, softmax_op  # noqa: E402
 from triton_attention_values import values_op  # noqa: E402
 
@@ -288,33 +288,30 @@ def launches(architecture, quick=False):
     """Every launcher with the arguments that choose another build: (label, launcher, arguments). float16 is built as
     bfloat16 is; only for sm_90 do causal and full attention have tiles of their own."""
     if architecture == "sm_90":
-        from triton_attention.hopper import forward
-        from triton_attention.hopper import backward
-        from triton_attention.hopper.scores import scores_hopper
+        from triton_attention.hopper import backward, forward, scores
 
-        forward, backward = forward.forward, backward.backward
         for kernels in (forward, backward):
             kernels.SMALLEST = math.inf  # what is launched below by the names of all GPUs is the plain kernels
+        none, scalars = (None,) * 3, (0.125, 0.0, 0.0)
         for D in (64, 128, 256)[: 3 if forward.WIDEST == 256 else 2]:
             q = torch.zeros(1, 2, 256, D, dtype=torch.bfloat16)
             if D <= 128:
-                yield f"scores on Hopper bfloat16 D{D}", scores_hopper, (q, q, 0.125)
-            lse = torch.zeros(1, 2, 256)
+                yield f"scores on Hopper bfloat16 D{D}", scores.run, (q, q, 0.125, *none, None)
             kinds = (("full", None, None), ("causal", None, 0), ("window", -64, 0))[: 2 if quick else 3]
             for kind, left, right in (*kinds, *(() if quick else (("causal, unaligned", None, 10),))):
-                yield f"fused on Hopper bfloat16 D{D} {kind}", forward, (q, q, q, q, lse, 0.125, left, right, 132)
+                arguments = (q, q, q, *none, *scalars, left, right, None, None)
+                yield f"fused on Hopper bfloat16 D{D} {kind}", forward.run, arguments
             if D <= 128 and not quick:
                 few, label = q[:, :, :128], f"fused on Hopper bfloat16 D{D} causal, few keys"
-                yield label, forward, (q, few, few, q, lse, 0.125, None, 0, 132)
+                yield label, forward.run, (q, few, few, *none, *scalars, None, 0, None, None)
             if D == 64:
                 long = q.repeat(1, 6, 16, 1)
-                saved = (long, lse.repeat(1, 6, 16), 0.125, None)
                 for kind, right in (("full", None), ("causal", 0), ("causal, unaligned", 10))[: 2 if quick else 3]:
-                    yield f"fused on Hopper bfloat16 D{D} {kind}, long", forward, (long, long, long, *saved, right, 132)
+                    arguments = (long, long, long, *none, *scalars, None, right, None, None)
+                    yield f"fused on Hopper bfloat16 D{D} {kind}, long", forward.run, arguments
             for kind, left, right in kinds if D <= 128 else ():
-                record = lse[..., None].repeat(1, 1, 1, 4)
-                arguments = (q, None, q, q, q, q, lse, record, q, q, q, 0.125, left, right, 132)
-                yield f"fused backward on Hopper bfloat16 D{D} {kind}", backward, arguments
+                arguments = (q, None, q, q, q, *none, q, torch.zeros(1, 2, 256), None, *scalars, left, right)
+                yield f"fused backward on Hopper bfloat16 D{D} {kind}", backward.run, arguments
     for dtype, D in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64), (torch.float64, 64)):
         name = str(dtype).removeprefix("torch.")
         q, s = torch.zeros(1, 2, 256, D, dtype=dtype), torch.zeros(1, 2, 256, 256, dtype=dtype)

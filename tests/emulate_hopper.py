@@ -12,10 +12,9 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from triton_attention.hopper import forward as forward_kernels  # noqa: E402
-from triton_attention.hopper import backward as kernels  # noqa: E402
 from tests.emulate_gluon import Barrier, Descriptor, Pointer, here, load, together  # noqa: E402
 from tests.reference import torch_fused  # noqa: E402
+from triton_attention.hopper import backward as kernels, forward as forward_kernels  # noqa: E402
 
 HOPPER = Path(forward_kernels.__file__).parent
 FORWARD, BACKWARD = HOPPER / "forward.py", HOPPER / "backward.py"

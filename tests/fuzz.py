@@ -41,8 +41,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from tests.fuzz_calls import build, draw, fill_of, layer_of, ours, poison, reference  # noqa: E402
-from tests.reference import DEVICE, F32, F64, INF, INTERPRETED, hopper_kernels, randn  # noqa: E402
-from tests.reference import errors as errors_of  # noqa: E402
+from tests.reference import DEVICE, F32, F64, INF, INTERPRETED, errors as errors_of, hopper_kernels, randn  # noqa: E402
 from triton_attention.device import describe_device  # noqa: E402
 from triton_attention_layer import attention_staged  # noqa: E402
 

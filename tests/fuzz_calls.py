@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from tests.reference import LAYOUTS as PLAIN_LAYOUTS
 from tests.reference import (
-    BF16, DEVICE, F16, F32, F64, INF, INTERPRETED, NAN, randn, torch_fused, torch_logsumexp, torch_scores,
-    torch_softmax, torch_staged, torch_values, torch_visible,
+    BF16, DEVICE, F16, F32, F64, INF, INTERPRETED, NAN, LAYOUTS as PLAIN_LAYOUTS, randn, torch_fused, torch_logsumexp,
+    torch_scores, torch_softmax, torch_staged, torch_values, torch_visible,
 )
 from triton_attention_fused import MAX_HEAD_DIM, attention_fused, merge_attention
 from triton_attention_layer import TritonMultiheadAttention, attention_staged

@@ -225,7 +225,7 @@ def hopper_kernels(choice):
             patch.setattr(operators, "_import", lambda module: None)
         if choice == "always":
             for name in ("scores", "forward", "backward"):
-                kernels = operators.hopper(name, DEVICE)
+                kernels = operators.hopper_kernels(name, DEVICE)
                 for limit in ("SMALLEST", "FEWEST"):
                     if hasattr(kernels, limit):
                         patch.setattr(kernels, limit, 0)

@@ -9,11 +9,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import figures
 import benchmark_peers
-from benchmarks import providers
-from benchmarks import tuning
-from benchmarks import harness
+from benchmarks import figures, harness, providers, tuning
 from benchmarks.readme import readme
 from benchmarks.results import Row
 from tests.reference import HERE, run_python

@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
-from triton_attention import fused_backward
 from tests.reference import (
     BF16, DEVICE, F16, F32, F64, INF, NAN, T, compare, fused, outputs_and_grads, randn, staged, torch_fused,
     torch_staged, torch_visible,
 )
+from triton_attention import fused_backward
 from triton_attention.dropout import dropout
-from triton_attention_fused import attention_fused, merge_attention
 from triton_attention.launch import INTERPRETED
+from triton_attention_fused import attention_fused, merge_attention
 from triton_attention_layer import attention_staged
 
 # window_size, softcap, with sinks, causal

@@ -3,8 +3,7 @@
 import re
 import shlex
 
-from tests import fuzz
-from tests import fuzz_calls
+from tests import fuzz, fuzz_calls
 from tests.reference import run_python
 
 

@@ -14,16 +14,14 @@ import pytest
 import torch
 
 from tests import emulate_hopper
-from triton_attention import device
-from triton_attention import fused_backward
-from triton_attention.hopper import forward
-from triton_attention import replay
 from tests.reference import (
     BF16, DEVICE, F16, GPU, HERE, INF, INTERPRETED, NAN, T, assert_close, compare, fused, randn, run_python,
     torch_fused, torch_scores, torch_staged,
 )
+from triton_attention import device, replay
+from triton_attention.hopper import forward
+from triton_attention.operators import hopper_kernels
 from triton_attention_fused import attention_fused
-from triton_attention.operators import hopper
 from triton_attention_layer import TritonMultiheadAttention, attention_staged
 from triton_attention_scores import attention_scores
 from triton_attention_softmax import attention_softmax
@@ -170,7 +168,7 @@ def launches(of, *capabilities):
             (fused_bias.fused_bias_gradient_op, q, q, q, q, s, None, record, s.shape, dtype, *scalars, None, None),
         ):
             op.__wrapped__(*arguments)
-    hopper = operators.hopper("forward", q.device)
+    hopper = operators.hopper_kernels("forward", q.device)
     return launched.copy(), hopper is not None
 old, new = (8, 0), (9, 0)
 first, second = launches(0, new, old), launches(1, new, old)
@@ -267,7 +265,8 @@ def test_operands_laid_out_for_a_narrower_dtype_are_counted():
 
 DYNAMIC = """
 import torch, triton
-from triton_attention import checks, triton_attention_layer
+import triton_attention_layer
+from triton_attention import checks
 from triton_attention_layer import TritonMultiheadAttention
 from tests.compile_kernels import OfflineDriver
 checks.INTERPRETED = True  # a CPU's tensors stand for a GPU's: nothing is launched
@@ -322,19 +321,20 @@ def test_gpu_many_heads_and_large_tensors():
     assert (out[:, 1:, rows] - exact[0]).abs().max() < 2e-3 and (probs[:, 1:, rows] - exact[1]).abs().max() < 1e-4
 
 
-@pytest.mark.skipif(hopper("scores", DEVICE) is None, reason="needs a Hopper GPU")
+@pytest.mark.skipif(hopper_kernels("scores", DEVICE) is None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
 def test_gpu_scores_hopper(dtype):
-    kernels = hopper("scores", DEVICE)
+    kernels = hopper_kernels("scores", DEVICE)
     shapes = [(1, 1, 1, 1, 8, 8), (2, 4, 2, 300, 328, 64), (1, 6, 2, 65, 1000, 40), (1, 2, 2, 1100, 520, 128)]
     for B, H, Hk, M, N, D in shapes:
         q = torch.randn(B, M, H, D, device=DEVICE, dtype=dtype).transpose(1, 2)
         k = torch.randn(B, Hk, N + 1, D + 8, device=DEVICE, dtype=dtype)[:, :, 1:, :D]
         for scale in (0.3, -2.0, 0.0):
-            compare(kernels.scores_hopper, torch_scores, q, k, scale)
+            compare(lambda q, k, s=scale: kernels.run(q, k, s, *(None,) * 4), torch_scores, q, k, scale)
     q, k = (torch.randn(4, 16, 2048, 64, device=DEVICE, dtype=dtype) for _ in range(2))
-    assert kernels.applies(q, k)
-    assert not any(kernels.applies(*pair) for pair in ((q, k[:, :, :-1]), (q[..., 1:], k[..., 1:]), (q.mT, k.mT)))
+    assert kernels.refuses(q, k, 1.0, *(None,) * 4) is None
+    for pair in ((q, k[:, :, :-1]), (q[..., 1:], k[..., 1:]), (q.mT, k.mT)):
+        assert isinstance(kernels.refuses(*pair, 1.0, *(None,) * 4), str)
     for _ in range(4):  # the third is a replay
         q = torch.randn_like(q)
         assert torch.equal(attention_scores(q, k), attention_scores(q, k, block_m=128))
@@ -398,23 +398,23 @@ def test_hopper_repair(left, right, block_m, block_d):
     assert torch.allclose(o, expected, atol=1e-5, equal_nan=True) and torch.allclose(lse, expected_lse)
 
 
-@pytest.mark.skipif(hopper("forward", DEVICE) is None, reason="needs a Hopper GPU")
+@pytest.mark.skipif(hopper_kernels("forward", DEVICE) is None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(
     "D,Dv,long", [(64, 64, 4096), (64, 64, 0), (128, 128, 4096), (40, 64, 4096), (96, 8, 4096), (256, 160, 4096)]
 )
 def test_gpu_fused_hopper(D, Dv, long, monkeypatch):
     used = []
     for name in ("LONG", "ENOUGH"):
-        monkeypatch.setattr(hopper("forward", DEVICE), name, long)
+        monkeypatch.setattr(hopper_kernels("forward", DEVICE), name, long)
     for name in ("forward", "backward"):
-        kernels = hopper(name, DEVICE)
+        kernels = hopper_kernels(name, DEVICE)
         monkeypatch.setattr(kernels, "SMALLEST", 0)
         monkeypatch.setattr(kernels, "FEWEST", 0)
-        run = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *args, name=name, run=run: used.append(name) or run(*args))
+        run = kernels.run
+        monkeypatch.setattr(kernels, "run", lambda *args, name=name, run=run: used.append(name) or run(*args))
     monkeypatch.setattr(replay, "_records", {})
     programs = itertools.cycle((132, 1, 3))  # with few, each takes several tiles of keys
-    monkeypatch.setattr(fused_backward, "processors", lambda device: next(programs))
+    monkeypatch.setattr(hopper_kernels("backward", DEVICE), "processors", lambda device: next(programs))
     everywhere = (-1, -1)
     windows = [(everywhere, False), (everywhere, True), ((100, 0), False), ((-1, 30), False), ((64, -1), True)]
     for i, (M, N) in enumerate([(128, 128), (300, 777), (777, 300), (17, 64), (1500, 1500)]):
@@ -443,15 +443,15 @@ def test_gpu_fused_hopper(D, Dv, long, monkeypatch):
     assert not used
 
 
-@pytest.mark.skipif(hopper("backward", DEVICE) is None, reason="needs a Hopper GPU")
+@pytest.mark.skipif(hopper_kernels("backward", DEVICE) is None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("D", (64, 128))
 def test_gpu_fused_hopper_gradients(D, monkeypatch):
     """Many programs add to a dQ, in order; an expanded gradient, a misaligned one; sinks; NaN in hidden keys."""
-    kernels, used = hopper("backward", DEVICE), []
-    backward = kernels.backward
+    kernels, used = hopper_kernels("backward", DEVICE), []
+    run = kernels.run
     monkeypatch.setattr(kernels, "FEWEST", 0)
     monkeypatch.setattr(kernels, "L2", 1 << 23)  # several sections of heads, of which the last is unlike the others
-    monkeypatch.setattr(kernels, "backward", lambda *args: used.append(args) or backward(*args))
+    monkeypatch.setattr(kernels, "run", lambda *args: used.append(args) or run(*args))
     q, k, v = (torch.randn(2, 16, 1500, D, device=DEVICE, dtype=BF16, requires_grad=True) for _ in range(3))
     do, sinks = torch.randn_like(q), torch.randn(16, device=DEVICE, dtype=BF16)
     for options in ({}, {"is_causal": True}, {"window_size": (200, 100)}):
@@ -478,13 +478,13 @@ def test_gpu_fused_hopper_gradients(D, monkeypatch):
     torch.testing.assert_close(hidden[:, :, 768:800], clean[:, :, 768:800], rtol=1e-2, atol=2e-3)  # O is computed anew
 
 
-@pytest.mark.skipif(hopper("forward", DEVICE) is None, reason="needs a Hopper GPU")
+@pytest.mark.skipif(hopper_kernels("forward", DEVICE) is None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("D", (64, 128))
 def test_gpu_hopper_infinite_and_huge_keys(D, monkeypatch):
     """Keys that score -inf fill the tiles that come first; keys that no query sees hold huge numbers, inf and NaN."""
     for name in ("forward", "backward"):
         for limit in ("SMALLEST", "FEWEST"):
-            monkeypatch.setattr(hopper(name, DEVICE), limit, 0)
+            monkeypatch.setattr(hopper_kernels(name, DEVICE), limit, 0)
     q, k, v = (torch.randn(1, 4, n, D, device=DEVICE, dtype=BF16) for n in (700, 900, 900))
     infinite, positive = k.clone(), q.clone()
     infinite[:, :, 300:, 0], positive[..., 0] = -INF, q[..., 0].abs() + 0.5
@@ -620,7 +620,7 @@ def test_gpu_threads_streams_and_a_memory_pool(monkeypatch):
     assert results == [[(True, thread == 0, [])] * 3 for thread in range(2)]
     records = replay._records.values()
     assert any(isinstance(record, replay.Recording) for record in records)
-    if hopper("forward", DEVICE):
+    if hopper_kernels("forward", DEVICE):
         assert len(device._counters) == 2
 
 

@@ -17,15 +17,15 @@ from tests.reference import (
     ATTENTION, BF16, DEVICE, F16, F32, F64, INF, INTERPRETED, LAYOUTS, T, compare, fused, outputs_and_grads, randn,
     run_python, staged, torch_fused, torch_softmax, torch_staged,
 )
-from triton_attention_backward import dscores_op
 from triton_attention.dropout import dropout_op
-from triton_attention_fused import attention_fused, fused_op
 from triton_attention.fused_backward import fused_backward_op
 from triton_attention.fused_bias import fused_bias_gradient_op
 from triton_attention.operators import must_dispatch
+from triton_attention.softmax_backward import mask_gradient_op, softmax_backward_op
+from triton_attention_backward import dscores_op
+from triton_attention_fused import attention_fused, fused_op
 from triton_attention_layer import TritonMultiheadAttention, attention_staged
 from triton_attention_scores import attention_scores, scores_op
-from triton_attention.softmax_backward import mask_gradient_op, softmax_backward_op
 from triton_attention_softmax import attention_softmax, softmax_op
 from triton_attention_values import attention_values, values_op
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from triton_attention import replay
 from tests.reference import BF16, DEVICE, F32, GPU, randn
+from triton_attention import replay
 from triton_attention_fused import attention_fused
 from triton_attention_layer import TritonMultiheadAttention, attention_staged
 
@@ -55,7 +55,8 @@ def launcher_of(kernel, before=lambda x: x, after=lambda y: y, describe=lambda x
 
 def run(launcher, *xs):
     """Replayed calls with each of the tensors: the results."""
-    return [replay.replayed(launcher, x if isinstance(x, tuple) else (x,), {}) for x in xs]
+    calls = [x if isinstance(x, tuple) else (x,) for x in xs]
+    return [launcher(*args) if (found := replay.stand_in(launcher, args, {})) is None else found() for args in calls]
 
 
 def test_the_third_call_is_a_replay(kernel):

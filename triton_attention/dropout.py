@@ -61,10 +61,6 @@ class Dropout(Function):
     op = dropout_op
 
     @staticmethod
-    def forward(probs, seed, dropout_p):
-        return dropout_op(probs, seed, dropout_p)
-
-    @staticmethod
     def setup_context(ctx, inputs, output):
         _, seed, ctx.dropout_p = inputs
         ctx.save_for_backward(seed)

@@ -17,7 +17,6 @@ Dao et al., "FlashAttention", 2022, appendix B; Dao, "FlashAttention-2", 2023, s
 
 import torch
 
-from triton_attention.device import processors
 import triton
 import triton.language as tl
 
@@ -25,7 +24,7 @@ from triton_attention.float32 import in_parts, load_parts, map_finite, product, 
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments
 from triton_attention.launch import launch
 from triton_attention.logits import exponential, key_range, load_pair, logits, query_range, steps, store_pair
-from triton_attention.operators import define_op, hopper, must_dispatch
+from triton_attention.operators import define_op
 from triton_attention.tile_choice import compile_options, tile_for
 from triton_attention.tiles import (
     dot, head_ptr, hide_loads, inverse_sum, keep_mask, load_tile, split_program, store_tile,
@@ -335,7 +334,7 @@ def _fused_gradients(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lse.new_empty(*lse.shape, 4)
 
 
-@define_op("fused_backward", fake=_fused_gradients, wide=(3,))
+@define_op("fused_backward", fake=_fused_gradients, wide=(3,), hopper="backward")
 def fused_backward_op(
     do: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     mask: torch.Tensor | None, sinks: torch.Tensor | None, seed: torch.Tensor | None, o: torch.Tensor,
@@ -352,13 +351,6 @@ def fused_backward_op(
         return outputs
     lse, stats = lse.contiguous(), stats.contiguous()  # which vmap may have expanded
     dlse = None if dlse is None else dlse.contiguous()
-    if mask is None and seed is None and softcap == 0.0 and not must_dispatch((q, k, v)):
-        kernels = hopper("backward", q.device)
-        if kernels and kernels.applies(q, k, v, scale, left, right, processors(q.device)):
-            kernels.backward(
-                do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right, processors(q.device)
-            )
-            return outputs
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     width, variant = max(constants["D"], constants["DV"]), "" if mask is None else ", masked"
     variant = ", few" if M <= FEW_QUERIES else variant

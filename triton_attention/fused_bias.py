@@ -11,13 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from triton_attention.float32 import in_parts, load_parts, rows_dot, signed
 from triton_attention.fused_backward import dscores, load_record, probs
 from triton_attention.fused_common import fused_arguments
 from triton_attention.launch import launch
 from triton_attention.operators import define_op
 from triton_attention.tile_choice import compile_options, tile_for
-from triton_attention.float32 import in_parts
-from triton_attention.float32 import load_parts, rows_dot, signed
 from triton_attention.tiles import head_ptr, keep_mask, split_program, store_tile
 
 

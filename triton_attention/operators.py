@@ -12,12 +12,12 @@ import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 
 from triton_attention.device import DEVICE, INTERPRETED, architecture
-from triton_attention.replay import recording, replayed
+from triton_attention.replay import recording, stand_in
 from triton_attention.tile_choice import is_forced
 
 # keys of tensors and threads for which the dispatcher would do no more than call the launcher: autograd is in the
-# Functions, autocast in autocast(), and the bit Negative is resolved
-_PLAIN = {"CPU", "CUDA", "XPU", "ADInplaceOrView", "BackendSelect", "Negative"} | {
+# Functions, autocast in autocast()
+_PLAIN = {"CPU", "CUDA", "XPU", "ADInplaceOrView", "BackendSelect"} | {
     key + backend for key in ("Autograd", "Autocast") for backend in ("CPU", "CUDA", "XPU")
 }
 _WATCHED = {"Python", "PythonTLSSnapshot"}  # those of a thread whose launcher is being recorded
@@ -81,31 +81,62 @@ def _without_bfloat16(launcher, wide=()):
     return run
 
 
-def define_op(name, fake, wide=()):
-    """Decorator: make `triton_attention::name` of a launcher; `fake` gives its output without running it, `wide` are
-    the numbers of the outputs that are float32 whatever the inputs are.
+def hopper_kernels(name, device):
+    """The module of kernels for Hopper if the device is one and this Triton has what they are made of, else None."""
+    if INTERPRETED or architecture(device) != "sm_90" or is_forced():
+        return None
+    return _import(f"triton_attention.hopper.{name}")
 
-    Compiled kernels become a `triton_op`, which Inductor looks into; interpreted ones a `custom_op`, which
-    nothing may trace into. A plain eager call goes straight to the launcher, past 35 us of dispatching, and on a GPU
-    soon past the launcher too (triton_attention/replay.py).
+
+@functools.lru_cache
+def _import(module):
+    try:
+        return importlib.import_module(module)
+    except (ImportError, AttributeError):  # Gluon is experimental: without it, the plain kernels run
+        return None
+
+
+def define_op(name, fake, wide=(), hopper=None):
+    """Decorator: make `triton_attention::name` of a launcher; `fake` gives its output without running it, `wide` are
+    the numbers of the outputs that are float32 whatever the inputs are, `hopper` is the module in triton_attention/
+    hopper/ that serves the operator on such a GPU, unless its refuses(*args) says why not.
+
+    Here a call is decided on, once. What PyTorch has to see goes to the dispatcher, and from there to the launcher:
+    compiled kernels are a `triton_op`, which Inductor looks into, interpreted ones a `custom_op`, which nothing may
+    trace into. A plain eager call goes past 35 us of dispatching to the kernels for this GPU or to the launcher, and
+    soon past those too (replay.py).
     """
 
     def decorate(launcher):
         if INTERPRETED:
             launcher = _without_bfloat16(launcher, wide)
+
+        @functools.wraps(launcher)
+        def chosen(*args):
+            kernels = hopper_kernels(hopper, args[0].device)
+            if kernels is None or kernels.refuses(*args) is not None:
+                return launcher(*args)
+            return kernels.run(*args)
+
+        @functools.wraps(launcher)
+        def dispatched(*args):
+            return launcher(*args) if must_dispatch(args) else chosen(*args)  # still traced, or the dispatcher's call
+
+        if hopper is None or INTERPRETED:
+            chosen = dispatched = launcher
+
+        if INTERPRETED:
             op = torch.library.custom_op(f"triton_attention::{name}", launcher, mutates_args=())
         else:
-            op = torch.library.triton_op(f"triton_attention::{name}", launcher, mutates_args=())
+            op = torch.library.triton_op(f"triton_attention::{name}", dispatched, mutates_args=())
         op.register_fake(fake)  # that of triton_op is the launcher, which asks too much of a dynamic length
 
         @functools.wraps(launcher)
-        def eager(*args):
-            # what the dispatcher would do: the imaginary part of a conjugate is a view on memory of the opposite sign
-            return launcher(*(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args))
-
-        @functools.wraps(launcher)
         def call(*args):
-            return op(*args) if must_dispatch(args) else replayed(eager, args, {})
+            if must_dispatch(args):
+                return op(*args)
+            replay = stand_in(chosen, args, {})
+            return chosen(*args) if replay is None else replay()
 
         call.op = op
         return call
@@ -114,8 +145,8 @@ def define_op(name, fake, wide=()):
 
 
 class Function(torch.autograd.Function):
-    """A torch.autograd.Function for differentiate. If `op` takes the arguments of its forward, it gets its derivative:
-    in a program of torch.export or torch.jit.trace it stands alone."""
+    """A torch.autograd.Function for differentiate. An `op` is its forward, unless it has one of its own that takes the
+    same arguments, and gets its derivative: in a program of torch.export or torch.jit.trace it stands alone."""
 
     op = None
 
@@ -126,6 +157,8 @@ class Function(torch.autograd.Function):
 
         cls.node = staticmethod(lambda *args: node(*args))
         if cls.op is not None:
+            if "forward" not in vars(cls):
+                cls.forward = staticmethod(cls.op)
             cls.op.op.register_autograd(cls.backward, setup_context=cls.setup_context)
 
 
@@ -147,7 +180,8 @@ def replayable(function):
         everything = (*args, *kwargs.values())
         if must_dispatch(everything) or asks_gradient(everything) or torch.is_autocast_enabled(DEVICE.type):
             return function(*args, **kwargs)
-        return replayed(function, args, kwargs)
+        replay = stand_in(function, args, kwargs)
+        return function(*args, **kwargs) if replay is None else replay()
 
     return call
 
@@ -199,18 +233,3 @@ def fold(info, in_dims, *tensors):
 def unfold(info, out):
     """Inverse of fold for an output: [V * B, ...] -> [V, B, ...]."""
     return out.unflatten(0, (info.batch_size, -1))
-
-
-def hopper(name, device):
-    """The module of kernels for Hopper if the device is one and this Triton has what they are made of, else None."""
-    if INTERPRETED or architecture(device) != "sm_90" or is_forced():
-        return None
-    return _import(f"triton_attention.hopper.{name}")
-
-
-@functools.lru_cache
-def _import(module):
-    try:
-        return importlib.import_module(module)
-    except (ImportError, AttributeError):  # Gluon is experimental: without it, the plain kernels run
-        return None

@@ -14,6 +14,7 @@ graph records.
 """
 
 import contextlib
+import functools
 import threading
 
 import torch
@@ -152,15 +153,17 @@ def _key(function, args, names):
     return tuple(parts), addresses, device
 
 
-def _record(function, args, kwargs):
-    """(result, Recording or False) of a call that runs in full."""
+def _record(key, function, args, kwargs):
+    """Run a call in full, and keep a Recording of it, or that it has none."""
     recorder = _this_thread.recorder = _Recorder()
     try:
         with recorder:
             out = function(*args, **kwargs)
     finally:
         _this_thread.recorder = None
-    return out, _understand(recorder, [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)], out)
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+    _records[key] = _understand(recorder, tensors, out)
+    return out
 
 
 def _understand(recorder, tensors, out):
@@ -205,23 +208,23 @@ def _understand(recorder, tensors, out):
     return Recording(taken, scratch, returned if isinstance(out, tuple) else returned[0], launches)
 
 
-def replayed(function, args, kwargs):
-    """function(*args, **kwargs), by a replay where there is one."""
+def stand_in(function, args, kwargs):
+    """What to call, without arguments, instead of function(*args, **kwargs): a replay, or the call that is recorded;
+    None where nothing stands in for it."""
     found = None if _off or recording() else _key(function, (*args, *kwargs.values()), tuple(kwargs))
     if found is None:
-        return function(*args, **kwargs)
+        return None
     key, addresses, device = found
     try:
         record = _records.get(key, "new")
     except TypeError:  # an argument without a hash
-        return function(*args, **kwargs)
+        return None
     if isinstance(record, Recording):
-        return record.replay(addresses, device)
+        return functools.partial(record.replay, addresses, device)
+    if record is None:
+        return functools.partial(_record, key, function, args, kwargs)
     if record == "new":
         if len(_records) >= _MOST:
             _records.clear()
         _records[key] = None
-    elif record is None:
-        out, _records[key] = _record(function, args, kwargs)
-        return out
-    return function(*args, **kwargs)
+    return None

@@ -131,10 +131,6 @@ class SoftmaxBackward(Function):
     op = softmax_backward_op
 
     @staticmethod
-    def forward(probs, dp, diagonal):
-        return softmax_backward_op(probs, dp, diagonal)
-
-    @staticmethod
     def setup_context(ctx, inputs, output):
         probs, dp, ctx.diagonal = inputs
         ctx.save_for_backward(probs, dp)
@@ -162,10 +158,6 @@ class MaskGradient(Function):
     """dS summed to the shape of the mask."""
 
     op = mask_gradient_op
-
-    @staticmethod
-    def forward(ds, shape, dtype):
-        return mask_gradient_op(ds, shape, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

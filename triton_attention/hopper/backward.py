@@ -50,7 +50,7 @@ Shah et al., "FlashAttention-3", 2024, for one walk with warp specialisation; Fl
 
 import torch
 
-from triton_attention.device import TRITON, counter
+from triton_attention.device import TRITON, counter, processors
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -59,12 +59,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention.hopper.backward_ends import finish, prepare
-from triton_attention.launch import launch
-from triton_attention.tile_choice import tile_for
 from triton_attention.hopper.ptx import (
     arrive_at, barrier, clamp, inline, meet_at, opaque, publish, spin_until, take_number, uniform,
 )
 from triton_attention.hopper.tma import add_async, describe, describe_rows, load_async, readable, store_async
+from triton_attention.launch import launch
+from triton_attention.tile_choice import tile_for
 
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 KEYS = gl.constexpr(128)  # of a tile
@@ -462,20 +462,31 @@ def _backward_kernel(
     ], [1, 1, 1], [REST, REST, REST])
 
 
-def applies(q, k, v, scale, left, right, processors):
-    """Whether the kernel takes these inputs, is worth its descriptors and shares its work well; else the plain ones."""
+def refuses(
+    do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dropout_p, left, right,
+):
+    """Why the kernel does not serve fused_backward_op with these arguments, or None."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
-    fewest = FEWEST * processors * (0.25 if left is None and right is not None else 1)
-    return (
-        q.element_size() == 2 and 0 < D <= 128 and 0 < DV <= 128 and D % 8 == 0 and DV % 8 == 0 and scale != 0.0
-        and 10 * B * H * M * N * D >= SMALLEST and B * Hk * triton.cdiv(N, KEYS.value) >= fewest
-        and all(readable(t) for t in (q, k, v))
-    )
+    fewest = FEWEST * processors(q.device) * (0.25 if left is None and right is not None else 1)
+    for what, given in (
+        ("a mask", mask is not None), ("dropout", seed is not None), ("a softcap", softcap != 0.0),
+        ("not 16 bits", q.element_size() != 2), ("a head dim above 128", not 0 < min(D, DV) <= max(D, DV) <= 128),
+        ("a scale of 0", scale == 0.0),
+        ("too little work to be worth the descriptors", 10 * B * H * M * N * D < max(SMALLEST, 1)),
+        ("too few tiles to share the work well", B * Hk * triton.cdiv(N, KEYS.value) < fewest),
+    ):
+        if given:
+            return what
+    if D % 8 or DV % 8 or not all(readable(t) for t in (q, k, v)):
+        return "rows that do not begin at 16 bytes"
+    return None
 
 
-def backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right, processors):
-    """Fill dq, dk, dv and record, see fused_backward_op in triton_attention/fused_backward.py; for what applies()."""
+def run(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dropout_p, left, right):
+    """(dQ, dK, dV, record), see fused_backward_op; for what is not refused."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
+    dq, dk, dv, record = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lse.new_empty(*lse.shape, 4)
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()  # which vmap may have expanded
     tile = tile_for("fused backward hopper", q.dtype, max(D, DV), right is not None, q.device)
     if left is None and right is None and (N % KEYS.value or M % tile.BLOCK_M):
         right = N  # nothing more is hidden, but what is past the last key; and 0 * inf past the last query is no NaN
@@ -486,7 +497,7 @@ def backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right, 
     tiles, section = triton.cdiv(N, KEYS.value), L2 // (H // Hk * M * 8 * tile.BLOCK_D)
     registers = (1 << 16) // (128 * 3) // 8 * 8  # of a thread, before they are dealt out
     launch(
-        _backward_kernel, min(B * Hk * tiles, processors),
+        _backward_kernel, min(B * Hk * tiles, processors(q.device)),
         describe(own_q, tile.BLOCK_M, tile.BLOCK_D), describe(k, KEYS.value, tile.BLOCK_D),
         describe(v, KEYS.value, tile.BLOCK_D), describe(do, tile.BLOCK_M, tile.BLOCK_D),
         describe_rows(stats, 1), describe_rows(sums, 64),
@@ -499,3 +510,4 @@ def backward(do, dlse, q, k, v, o, lse, record, dq, dk, dv, scale, left, right, 
         REST=registers * 3 - 2 * tile.registers, num_warps=tile.num_warps, maxnreg=registers,
     )
     finish(sums, dq, N, scale, left, right, tile.BLOCK_M)
+    return dq, dk, dv, record

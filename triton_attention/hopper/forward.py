@@ -63,7 +63,7 @@ import functools
 
 import torch
 
-from triton_attention.device import TRITON, counter
+from triton_attention.device import TRITON, counter, processors
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -73,13 +73,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_attention.hopper.mask import ROWS, edges, half, hide, key_tiles
 from triton_attention.hopper.nan_repair import close_log, open_log, repair, write_down
-from triton_attention.hopper.softmax import LOWEST, along, exponentials, halves, joined, maxima, row_sums
-from triton_attention.launch import launch
-from triton_attention.tile_choice import tile_for
 from triton_attention.hopper.ptx import (
     arrive_at, inline, mark_nan, meet_at, opaque, program, rescale, take_number, uniform, written,
 )
+from triton_attention.hopper.softmax import LOWEST, along, exponentials, halves, joined, maxima, row_sums
 from triton_attention.hopper.tma import describe, load_async, readable, store_async
+from triton_attention.launch import empty_heads, launch
+from triton_attention.tile_choice import tile_for
 
 LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 K_FREE, V_FREE = gl.constexpr(8), gl.constexpr(12)  # the first of four named barriers; those below are Triton's
@@ -454,15 +454,23 @@ def _forward_kernel(
         )
 
 
-def applies(q, k, v, o, scale, processors):
-    """Whether the kernel takes these inputs, is worth its descriptors and fills half of the GPU; else the plain one."""
+def refuses(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n):
+    """Why the kernel does not serve fused_op with these arguments, or None."""
     (B, H, M, D), (N, DV) = q.shape, v.shape[2:]
-    return (
-        q.element_size() == 2 and 0 < D <= WIDEST and 0 < DV <= WIDEST and M > 16
-        and (scale > 0.0 or scale < 0.0 and D % 8 == 0)
-        and 4 * B * H * M * N * D >= SMALLEST and B * H * triton.cdiv(M, 128) >= FEWEST * processors
-        and all(readable(t) for t in (q, k, v, o))
-    )
+    for what, given in (
+        ("a mask", mask is not None), ("sinks", sinks is not None), ("dropout", seed is not None),
+        ("a softcap", softcap != 0.0), ("the tile is the caller's", block_m is not None or block_n is not None),
+        ("not 16 bits", q.element_size() != 2),
+        (f"a head dim above {WIDEST}", not 0 < min(D, DV) <= max(D, DV) <= WIDEST),
+        ("a scale of 0", scale == 0.0), ("few queries", M <= 16),
+        ("too little work to be worth the descriptors", 4 * B * H * M * N * D < max(SMALLEST, 1)),
+        ("too few tiles to fill half of the GPU", B * H * triton.cdiv(M, 128) < FEWEST * processors(q.device)),
+    ):
+        if given:
+            return what
+    if DV % 8 or scale < 0.0 and D % 8 or not all(readable(t) for t in (q, k, v)):
+        return "rows that do not begin at 16 bytes"
+    return None
 
 
 @functools.lru_cache
@@ -473,25 +481,27 @@ def section_of(heads, row_tiles, processors):
     return max(range(few, min(2 * few, heads) + 1), key=lambda size: min((heads - 1) % size + 1, 0.75 * size) / size)
 
 
-def forward(q, k, v, o, lse, scale, left, right, processors):
-    """Fill o and lse, see fused_op in triton_attention_fused.py; for what applies()."""
+def run(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n):
+    """(O, lse, no stats), see fused_op; for what is not refused."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
+    o, lse = empty_heads(q, B, H, M, DV), q.new_empty(B, H, M, dtype=torch.float32)
+    multiprocessors = processors(q.device)
     if scale < 0.0:  # the maximum of scores is sought before they are scaled
         q, scale = -q, -scale
     banded = left is not None or right is not None
     long = left is None and min(M, N) >= (2 * LONG if banded else LONG)
-    long = long and B * H * triton.cdiv(M, 3 * ROWS.value) >= ENOUGH * processors
+    long = long and B * H * triton.cdiv(M, 3 * ROWS.value) >= ENOUGH * multiprocessors
     tile = tile_for("fused hopper, long" if long else "fused hopper", q.dtype, max(D, DV), banded, q.device)
     row_tiles, warpgroups = triton.cdiv(M, tile.BLOCK_M), tile.BLOCK_M // ROWS.value
     items = B * H * row_tiles
     registers = (1 << 16) // (128 * (warpgroups + 1)) // 8 * 8  # of a thread, before they are dealt out
-    log = lse.new_empty(4 * (items + processors) if banded else 1, dtype=torch.int32)
+    log = lse.new_empty(4 * (items + multiprocessors) if banded else 1, dtype=torch.int32)
     launch(
-        _forward_kernel, min(items, processors),
+        _forward_kernel, min(items, multiprocessors),
         describe(q, ROWS.value, tile.BLOCK_D), describe(k, tile.BLOCK_N, tile.BLOCK_D),
         describe(v, tile.BLOCK_N, tile.BLOCK_D), describe(o, ROWS.value, tile.BLOCK_D),
         lse, counter(q.device) if banded else log, log, scale * LOG2E,
-        items, row_tiles, B * H, section_of(B * H, row_tiles, processors) if banded else 1, H, H // Hk, M, N,
+        items, row_tiles, B * H, section_of(B * H, row_tiles, multiprocessors) if banded else 1, H, H // Hk, M, N,
         left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,
         EDGES=edges(left, right), HALF=tile.BLOCK_M == tile.BLOCK_N and half(left, right, M, N),
@@ -500,3 +510,4 @@ def forward(q, k, v, o, lse, scale, left, right, processors):
         REGISTERS=tile.registers, REST=registers * (warpgroups + 1) - tile.registers * warpgroups,
         num_warps=4, maxnreg=registers,
     )
+    return o, lse, lse.new_empty(B, H, M, 0)

@@ -23,9 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )
 
+from triton_attention.hopper.tma import describe, load_async, readable, store_async
 from triton_attention.launch import launch
 from triton_attention.tile_choice import tile_for
-from triton_attention.hopper.tma import describe, load_async, readable, store_async
 
 SMALLEST = 1 << 26  # elements of S from which the GPU is busy for longer than the host with its descriptors
 
@@ -105,17 +105,26 @@ def _scores_hopper_kernel(
     ], [4], [WORKER_REGISTERS])
 
 
-def applies(q, k):
-    """Whether the kernel takes these inputs and is worth its descriptors; else the plain kernel runs."""
+def refuses(q, k, scale, diagonal, fill, block_m, block_n):
+    """Why the kernel does not serve scores_op with these arguments, or None."""
     (B, H, M, D), N = q.shape, k.shape[2]
-    return (
-        q.element_size() == 2 and 0 < D <= 128 and N % 8 == 0 and B * H * M * N >= SMALLEST
-        and readable(q) and readable(k)
-    )
+    if block_m is not None or block_n is not None:
+        return "the tile is the caller's"
+    if diagonal is not None:
+        return "causal scores"
+    if q.element_size() != 2:
+        return "not 16 bits"
+    if not 0 < D <= 128:
+        return "a head dim above 128"
+    if B * H * M * N < SMALLEST:
+        return "too few scores to be worth the descriptors"
+    if N % 8 or not (readable(q) and readable(k)):
+        return "rows that do not begin at 16 bytes"
+    return None
 
 
-def scores_hopper(q, k, scale):
-    """S [B, H, M, N] of q [B, H, M, D] and k [B, Hk, N, D], float16 or bfloat16, not causal; see applies()."""
+def run(q, k, scale, diagonal, fill, block_m, block_n):
+    """S [B, H, M, N] of q [B, H, M, D] and k [B, Hk, N, D], see scores_op; for what is not refused."""
     (B, H, M, D), (Hk, N) = q.shape, k.shape[1:3]
     s = q.new_empty(B, H, M, N)
     tile = tile_for("scores hopper", q.dtype, D, False, q.device)
