@@ -21,7 +21,7 @@ SWEEP = [
     ("float16", 4096, 64, False),
     ("float32", 4096, 64, False),
 ]
-LAYERS = [("bfloat16", 8, 2048), ("bfloat16", 8, 512)]  # dtype, batch, sequence length; E 1024, H 16
+LAYERS = [("bfloat16", batch, S) for batch, S in ((4, 2048), (8, 2048), (8, 512))]  # E 1024, H 16
 NAMES = {"scores": "scores QK^T", "softmax": "softmax", "values": "values PV"}
 ATTENTION = {"fwd": "attention", "bwd": "attention backward"}
 

@@ -10,36 +10,17 @@ needs.
 
 import functools
 import itertools
-from typing import NamedTuple
 
 from benchmarks import harness, providers, results, tuning
 from benchmarks.harness import Case, Comparison, wanted
+from benchmarks.tuning import DEFAULT, IN_TURNS, KERNELS
 
 SWEEP = [16, 32, 64, 128, 256]
 QUICK = [32, 64, 128]
 INTERPRETED = [32, 64]
 WARPS, STAGES, REGISTERS = (4, 8), (2, 3, 4), (128, 168, 255)
 FINALISTS = 4  # so many of the best take turns for the win
-IN_TURNS = " in turns"
-DEFAULT = "no tile given"
 SCRIPT = "benchmark_block_sizes"
-
-
-class Kernel(NamedTuple):
-    """Where a kernel is: its stage in providers, its module and function, its rows in the tuned table."""
-
-    stage: str
-    module: str
-    function: str
-    op: str | None  # None: its tile follows from the shape, not from the table
-
-
-KERNELS = {
-    "scores": Kernel("scores", "triton_attention_scores", "_scores_kernel", "scores"),
-    "softmax": Kernel("softmax", "triton_attention_softmax", "_softmax_kernel", None),
-    "values": Kernel("values", "triton_attention_values", "_values_kernel", "values"),
-    "fused": Kernel("fused", "triton_attention_fused", "_fwd_kernel", "fused"),
-}
 
 
 # ---- tiles
@@ -53,12 +34,12 @@ def chosen_tile(kernel, shape):
     dtype = getattr(torch, dtype)
     if kernel.op is None:
         from triton_attention import tuned
-        from triton_attention_softmax import _row_tile
+        from triton_attention.tile_choice import row_tile
 
-        tile = _row_tile(torch.empty(1, 1, S, S, dtype=dtype, device="meta"), causal)
+        tile = row_tile(torch.empty(1, 1, S, S, dtype=dtype, device="meta"), causal)
         return tuned.Tile(tile["BLOCK_M"], tile["BLOCK_N"], 0, tile["num_warps"], 1)
     from triton_attention.device import DEVICE
-    from triton_attention.launch import tile_for
+    from triton_attention.tile_choice import tile_for
 
     return tile_for(kernel.op, dtype, D, causal, DEVICE)
 
@@ -68,7 +49,7 @@ def tiles(kernel, shape, sizes, full):
     import torch
 
     from triton_attention.device import DEVICE
-    from triton_attention.launch import tile_for
+    from triton_attention.tile_choice import tile_for
 
     chosen = chosen_tile(kernel, shape)
     found = [chosen]
@@ -104,7 +85,7 @@ def limited(tile):
 
 def with_tile(kernel, stage, tile):
     """A call of the stage's kernel with this tile, or with none."""
-    from triton_attention.launch import forcing
+    from triton_attention.tile_choice import forcing
 
     def call():
         limited(tile)
@@ -239,7 +220,7 @@ def save_winner(kernel, shape, winner, tile):
     import torch
 
     from triton_attention.device import DEVICE, architecture
-    from triton_attention.launch import places_of
+    from triton_attention.tile_choice import places_of
     from triton_attention.tuned import TILES
 
     if kernel.op is None:

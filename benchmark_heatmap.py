@@ -7,9 +7,9 @@ of the tuned table outlined, hatched what does not fit, crossed what is wrong. O
 """
 
 import benchmark_block_sizes
-from benchmarks import harness, results
+from benchmarks import harness, results, tuning
 
-SWEEP = list(benchmark_block_sizes.KERNELS)
+SWEEP = list(tuning.KERNELS)
 
 
 def rows(args, watch):

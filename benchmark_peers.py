@@ -13,19 +13,15 @@ up in a fixed order, as ours does. The two FlashAttentions are measured where th
 
 import functools
 import math
-import statistics
 
 from benchmarks import harness, providers
 from benchmarks.harness import Case
-from benchmarks.results import gpus, load
+from benchmarks.results import (
+    CHANNELS, PASSES_OF, PEER_HEAD_DIMS, PEERS, SAME, TOKENS, compare, gpus, load, mean,
+)
 
-TOKENS, CHANNELS = 16384, 2048
-HEAD_DIMS, SEQ_LENS = (128, 64), (512, 2048, 8192, 16384)
+SEQ_LENS = (512, 2048, 8192, 16384)
 OTHERS = [(2, 32, 8, 8192, 128), (8, 8, 8, 2048, 256), (2, 8, 8, 8192, 256), (1, 8, 8, 1024, 64), (1, 8, 8, 1024, 128)]
-SAME = f"of D {HEAD_DIMS[1]} and {HEAD_DIMS[0]} where B S = {TOKENS}, H D = {CHANNELS}"
-OURS = "triton fused"
-PEERS = {"fwd": (OURS, "SDPA cudnn", "fa3", "fa4"), "bwd": (OURS, "SDPA cudnn", "fa4 deterministic")}
-NAMES = {"fwd": "forward", "bwd": "backward"}
 
 
 def parser():
@@ -52,7 +48,7 @@ def cells(args, interpreted):
     """[(B, H, heads of keys, S, D)]."""
     if interpreted:
         return [(1, 4, 2, 64, 64)]
-    head_dims, seq_lens = (HEAD_DIMS[:1], SEQ_LENS[1:3]) if args.quick else (HEAD_DIMS, SEQ_LENS)
+    head_dims, seq_lens = (PEER_HEAD_DIMS[:1], SEQ_LENS[1:3]) if args.quick else (PEER_HEAD_DIMS, SEQ_LENS)
     found = []
     for D in args.head_dim or head_dims:
         for S in args.seq_lens or seq_lens:
@@ -67,47 +63,19 @@ def rows(args, interpreted):
     for mode in ("fwd", "bwd") if args.mode == "both" else (args.mode,):
         for number in range(1, 1 + (1 if args.quick or interpreted else args.passes)):
             for B, H, kv_heads, S, D in cells(args, interpreted):
-                same = (B * S, H * D, kv_heads) == (TOKENS, CHANNELS, H) and D in HEAD_DIMS
+                same = (B * S, H * D, kv_heads) == (TOKENS, CHANNELS, H) and D in PEER_HEAD_DIMS
                 for causal in (False, True) if args.causal is None else (args.causal,):
                     for dtype in args.dtype or ["bfloat16"]:
                         shape = (B, H, S, D, dtype, causal)
                         build = functools.partial(providers.attention, mode, *shape, args.seed, kv_heads)
                         label = providers.label(*shape, kv_heads)
                         about = {**providers.about(*shape), "mode": mode, "same": same}
-                        yield Case(f"{NAMES[mode]}, pass {number}", label, list(PEERS[mode]), build, about)
-
-
-def compare(results, mode):
-    """[(case, {provider: median TFLOP/s}, (ratio of ours to the best of the others, least, greatest of a pass), whether
-    it is one of the same work)]; the ratio is None where there are no others."""
-    found = {}
-    for row in results:
-        if row.about["mode"] == mode and row.tflops:
-            found.setdefault((row.case, row.about["same"]), {}).setdefault(row.provider, {})[row.name] = row.tflops
-    lines = []
-    for (case, same), by_provider in found.items():
-        medians = {name: statistics.median(passes.values()) for name, passes in by_provider.items()}
-        ours, others = by_provider.get(OURS, {}), [name for name in medians if name != OURS]
-        ratio = None
-        both = [p for p in ours if any(p in by_provider[name] for name in others)]
-        if both:
-            each = [ours[p] / max(by_provider[name].get(p, 0.0) for name in others) for p in both]
-            shared = {name: [passes[p] for p in both if p in passes] for name, passes in by_provider.items()}
-            best = max(statistics.median(shared[name]) for name in others if shared[name])
-            ratio = (statistics.median(shared[OURS]) / best, min(each), max(each))
-        lines.append((case, medians, ratio, same))
-    return lines
-
-
-def mean(lines):
-    """Geometric mean of the ratios over the cases of the same work, or None."""
-    ratios = [ratio[0] for _, _, ratio, same in lines if same and ratio]
-    return statistics.geometric_mean(ratios) if ratios else None
+                        yield Case(f"{PASSES_OF[mode]}, pass {number}", label, list(PEERS[mode]), build, about)
 
 
 def show(results):
     """The comparison, a line for each case."""
-    for mode, name in NAMES.items():
+    for mode, name in PASSES_OF.items():
         lines = compare(results, mode)
         if not lines:
             continue

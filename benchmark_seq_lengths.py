@@ -12,6 +12,7 @@ import statistics
 
 from benchmarks import harness, providers
 from benchmarks.harness import Case
+from benchmarks.results import curves
 
 SWEEP = [128, 512, 2048, 8192, 32768]
 QUICK = [512, 2048, 8192]
@@ -38,15 +39,6 @@ def exponent(points):
     """Slope of log(ms) over log(S) through the last points [(S, ms)], None of fewer than two."""
     tail = [(math.log(S), math.log(ms)) for S, ms in sorted(points)[-TAIL:]]
     return statistics.linear_regression(*zip(*tail, strict=True)).slope if len(tail) > 1 else None
-
-
-def curves(rows):
-    """{(name, every parameter but S): {provider: [rows by S]}}."""
-    found = {}
-    for row in sorted(rows, key=lambda row: row.about["S"]):
-        kind = (row.name, " ".join(word for word in row.case.split() if not word.startswith("S")))
-        found.setdefault(kind, {}).setdefault(row.provider, []).append(row)
-    return found
 
 
 def show_exponents(rows):

@@ -16,9 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
-from benchmark_block_sizes import DEFAULT, IN_TURNS, KERNELS  # noqa: E402
-from benchmark_seq_lengths import curves  # noqa: E402
-from benchmarks import results  # noqa: E402
+from benchmarks.results import curves, gpus, load  # noqa: E402
+from benchmarks.tuning import DEFAULT, IN_TURNS, KERNELS  # noqa: E402
 
 MODES = {"light": ("#ffffff", "#1f2328", "#d8dee4"), "dark": ("#0d1117", "#e6edf3", "#30363d")}  # ground, ink, grid
 LOOKS = {  # provider: colour (None: the ink), marker, line
@@ -306,8 +305,8 @@ FIGURES = {  # script: {figure: function}
 
 def redraw(out, script):
     """Draw a script's figures for every GPU that has its results."""
-    for folder in results.gpus(Path(out)):
-        loaded = results.load(folder / f"{script}.json")
+    for folder in gpus(Path(out)):
+        loaded = load(folder / f"{script}.json")
         for name, figure in FIGURES[script].items() if loaded else ():
             if not any(row.ms and row.peak_mib is not None for row in loaded[1]):
                 continue
@@ -330,7 +329,7 @@ def redraw(out, script):
 
 def redraw_heatmap(results, target):
     """Draw the heatmap of a results file; False where there is none."""
-    loaded = results.load(results)
+    loaded = load(results)
     if not loaded or not any(row.ms for row in loaded[1]):
         return False
     with plt.rc_context({"savefig.facecolor": "white", "hatch.linewidth": 0.6}):

@@ -138,7 +138,7 @@ class Stopwatch:
 
 def stopwatch(args):
     """The Stopwatch of this machine; None where the kernels are interpreted and times would mean nothing."""
-    from triton_attention.launch import INTERPRETED
+    from triton_attention.device import INTERPRETED
 
     return None if INTERPRETED else Stopwatch(15 if args.quick else 40)
 

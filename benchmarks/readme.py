@@ -1,34 +1,25 @@
-"""The README's results: tables and figures between markers, from results/<gpu>/*.json of one GPU, in plain Python.
+"""What the README and results/README.md show of results/<gpu>/*.json: tables and figures, in plain Python.
 
-    python3 -m benchmarks.readme             write the README's tables anew from the committed results
-    python3 -m benchmarks.readme --check     exit 1 if that would change the README
+    python3 -m benchmarks.readme             write both anew from the committed results
+    python3 -m benchmarks.readme --check     write nothing; exit 1 if one would change
 
-A block is <!-- results: name --> ... <!-- end of results -->; what is not measured yet leaves its block empty.
+README.md has one block, the ladder, between <!-- results: ladder --> and <!-- end of results -->; results/README.md is
+written whole, a part for each GPU. A table never mixes GPUs; what is not measured yet is left out.
 """
 
 import argparse
 import re
 
-import benchmark_peers
-from benchmarks.results import HERE, load, shown
+from benchmarks.results import HERE, OURS, PASSES_OF, PEERS, SAME, SHOWN, compare, gpus, load, mean
 
-BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
-
-
-def results(script):
-    return load(HERE / "results" / shown(script) / f"{script}.json")
-
-
-def picture(script, says, name=None):
-    """A script's figure in the reader's light or dark mode; its name is that of the script where none is given."""
-    path = f"results/{shown(script)}/{name or script}"
-    if not (HERE / f"{path}.light.png").exists():
-        return []
-    return [
-        "",
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{path}.dark.png">'
-        f'<img alt="{says}" src="{path}.light.png"></picture>',
-    ]
+RESULTS = HERE / "results"
+BLOCK = re.compile(r"(<!-- results: ladder -->\n).*?(<!-- end of results -->)", re.DOTALL)
+SHAPE = "bfloat16 B4 H16 S2048 D64"
+LAYER = ("bfloat16 B4 S2048 E1024 H16", "bfloat16 B8 S2048 E1024 H16")  # the first that is measured
+RUNGS = {  # row of the ladder: name in the results, provider
+    "scores": ("scores QK^T", "triton"), "softmax": ("softmax", "triton"), "values": ("values PV", "triton"),
+    "staged": ("attention", "triton staged"), "fused": ("attention", OURS), "layer": ("layer, weights off", "triton"),
+}
 
 
 def conditions(info):
@@ -42,9 +33,55 @@ def percent(x):
     return "" if x is None else f"{100 * x:.0f} %"
 
 
+# ---- the README's ladder
+
+
+def ladder():
+    """Six rows at one shape: ours, the best of the others, the share of the roofline."""
+    loaded = next((found for gpu in SHOWN if (found := load(RESULTS / gpu / "benchmark_attention.json"))), None)
+    if not loaded:
+        return []
+    info, rows = loaded
+    timed = {row.point: row for row in rows if row.ms}
+    layer = next((case for case in LAYER if ("layer, weights off", case, "triton") in timed), None)
+    lines = [f"| {SHAPE} | ours, ms | best peer, ms | | of the roofline |", "|---|---|---|---|---|"]
+    for rung, (name, provider) in RUNGS.items():
+        case = layer if rung == "layer" else SHAPE
+        ours = timed.get((name, case, provider))
+        # who returns the weights too has PyTorch's operations for a peer, attention alone everything that is fused
+        others = [
+            row for (n, c, p), row in timed.items()
+            if (n, c) == (name, case) and not p.startswith("triton") and (rung == "fused") == (p != "torch")
+        ]
+        if not ours or not others:
+            continue
+        best = min(others, key=lambda row: row.ms)
+        label = rung if rung != "layer" or case == LAYER[0] else f"{rung} (B8)"
+        lines.append(
+            f"| {label} | {ours.ms:.3f} | {best.ms:.3f} | {best.provider} | {percent(ours.of_roofline)} |"
+        )
+    machine = f"{info['gpu']}, torch {info['torch']}, Triton {info['triton']}"
+    return [*lines, "", f"{machine}; all of it in `results/README.md`."]
+
+
+# ---- results/README.md
+
+
+def picture(folder, name, says):
+    """A figure in the reader's light or dark mode."""
+    if not (folder / f"{name}.light.png").exists():
+        return []
+    path = f"{folder.name}/{name}"
+    return [
+        "",
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{path}.dark.png">'
+        f'<img alt="{says}" src="{path}.light.png"></picture>',
+    ]
+
+
 def two_sided(rows):
     """Ours and PyTorch's for the same: the stages and the layer."""
-    lines = ["| what | case | Triton, ms | of roofline | PyTorch, ms | faster |", "|---|---|---|---|---|---|"]
+    lines = ["| what | case | Triton, ms | of the roofline | PyTorch, ms | faster |", "|---|---|---|---|---|---|"]
     found = {row.point: row for row in rows}
     for row in rows:
         theirs = found.get((row.name, row.case, "torch"))
@@ -57,7 +94,7 @@ def two_sided(rows):
 
 
 def many_sided(rows, name):
-    """A column for everybody who was timed, ms; the fastest in bold."""
+    """A column for everyone who was timed, ms; the fastest in bold."""
     rows = [row for row in rows if row.name == name]
     names = [p for p in dict.fromkeys(row.provider for row in rows) if any(r.provider == p and r.ms for r in rows)]
     if not names:
@@ -72,31 +109,25 @@ def many_sided(rows, name):
     return lines
 
 
-def attention():
-    loaded = results("benchmark_attention")
-    if not loaded:
-        return []
-    info, rows = loaded
+def attention(folder, info, rows):
     pairs = {row.name for row in rows if {r.provider for r in rows if r.name == row.name} == {"triton", "torch"}}
-    lines = [conditions(info), "", *two_sided([row for row in rows if row.name in pairs])]
+    lines = ["### The stages, attention and the layer", "", conditions(info), ""]
+    lines += two_sided([row for row in rows if row.name in pairs])
     for name in dict.fromkeys(row.name for row in rows):
         lines += [] if name in pairs else many_sided(rows, name)
-    lines += picture("benchmark_attention", "Bars: TFLOP/s of attention, forward and backward, for every provider")
-    says = "Every kernel as a point under the roofline of the GPU"
-    return lines + picture("benchmark_attention", says, "benchmark_roofline")
+    lines += picture(folder, "benchmark_attention", "Bars: TFLOP/s of attention, forward and backward, by provider")
+    return lines + picture(folder, "benchmark_roofline", "Every kernel as a point under the roofline of the GPU")
 
 
-def peers():
-    loaded = results("benchmark_peers")
-    if not loaded:
-        return []
-    passes = len({row.name for row in loaded[1]}) // len({row.about["mode"] for row in loaded[1]})
+def peers(folder, info, rows):
+    passes = len({row.name for row in rows}) // len({row.about["mode"] for row in rows})
     lines = [
-        f"Next to the fastest kernels there are, TFLOP/s: medians over the passes ({passes}), and the ratio of ours to",
-        "the best of the others, with the least and the greatest of a pass.", "", conditions(loaded[0]),
+        "### Next to the fastest kernels there are", "",
+        f"TFLOP/s: medians over the passes ({passes}), and the ratio of ours to the best of the others, with the least",
+        "and the greatest of a pass.", "", conditions(info),
     ]
-    for mode, name in benchmark_peers.NAMES.items():
-        names, compared = benchmark_peers.PEERS[mode], benchmark_peers.compare(loaded[1], mode)
+    for mode, name in PASSES_OF.items():
+        names, compared = PEERS[mode], compare(rows, mode)
         if not compared:
             continue
         lines += ["", f"| {name} | {' | '.join(names)} | ratio |", "|---" * (len(names) + 2) + "|"]
@@ -104,50 +135,74 @@ def peers():
             cells = [f"{medians[name]:.0f}" if name in medians else "–" for name in names]
             cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*ratio) if ratio else "–")
             lines.append(f"| {case} | {' | '.join(cells)} |")
-        mean = benchmark_peers.mean(compared)
-        lines += ["", f"Geometric mean of the ratios {benchmark_peers.SAME}: {mean:.2f}."] if mean else []
+        average = mean(compared)
+        lines += ["", f"Geometric mean of the ratios {SAME}: {average:.2f}."] if average else []
     return lines
 
 
-def seq_lengths():
-    loaded = results("benchmark_seq_lengths")
-    if not loaded:
-        return []
-    lines = ["Longer sequences: the stages end where two S x S matrices a head do not fit the memory any more."]
-    lines += ["", conditions(loaded[0])]
-    return lines + picture("benchmark_seq_lengths", "Time, TFLOP/s and memory of attention over the sequence length")
+def seq_lengths(folder, info, rows):
+    lines = ["### Longer sequences", "", "The stages end where two S x S matrices a head do not fit the memory."]
+    lines += ["", conditions(info)]
+    says = "Time, TFLOP/s and memory of attention over the sequence length"
+    return lines + picture(folder, "benchmark_seq_lengths", says)
 
 
-def block_sizes():
-    if not results("benchmark_block_sizes"):
-        return []
-    return [
-        "How the time of a kernel depends on its tile (hatched: it does not fit; fused is the plain kernel):", "",
-        "![Time of each kernel over BLOCK_M and BLOCK_N](heatmap.png)",
+def block_sizes(folder, info, rows):
+    fastest = {}
+    for row in rows:
+        if row.ms and "BLOCK_M" in row.about:
+            fastest.setdefault(row.name, []).append(row)
+    lines = ["### Tiles", "", "The fastest BLOCK_M x BLOCK_N of each kernel, ms; `heatmap.png` has all.", ""]
+    lines += [conditions(info), "", "| kernel | case | tile | ms | slowest |", "|---|---|---|---|---|"]
+    for name, found in fastest.items():
+        best, worst = min(found, key=lambda row: row.ms), max(found, key=lambda row: row.ms)
+        tile = f"{best.about['BLOCK_M']} x {best.about['BLOCK_N']}"
+        lines.append(f"| {name} | {best.case.split(' in ')[0]} | {tile} | {best.ms:.3f} | {worst.ms:.3f} |")
+    return lines if fastest else []
+
+
+PARTS = {
+    "benchmark_attention": attention, "benchmark_peers": peers, "benchmark_seq_lengths": seq_lengths,
+    "benchmark_block_sizes": block_sizes,
+}
+
+
+def results_readme():
+    """The text of results/README.md."""
+    lines = [
+        "# Results", "",
+        "Written by `python3 -m benchmarks.readme` from the JSON files beside it, which have errors, quantiles and peak",
+        "memory too. Medians, L2 cleared before each call, everyone in turns on a warm chip, every result checked against",
+        'float64 first. "PyTorch" is its matmul, softmax, matmul with autograd (or its `nn.MultiheadAttention` in eval).',
+        '"Of the roofline" is the time that the copy bandwidth and the matmul speed of the same run allow for the bytes',
+        "and the flops of the computation, causal counting what is visible, as a share of the time it took.",
     ]
-
-
-BLOCKS = {"attention": attention, "peers": peers, "seq_lengths": seq_lengths, "block_sizes": block_sizes}
+    order = {name: i for i, name in enumerate(SHOWN)}
+    for folder in sorted(gpus(RESULTS), key=lambda path: (order.get(path.name, len(order)), path.name)):
+        loaded = {script: load(folder / f"{script}.json") for script in PARTS}
+        if any(loaded.values()):
+            lines += ["", f"## {folder.name.replace('_', ' ')}"]
+        for script, part in PARTS.items():
+            if loaded[script] and (found := part(folder, *loaded[script])):
+                lines += ["", *found]
+    return "\n".join(lines) + "\n"
 
 
 def readme():
-    """README.md with its blocks made anew."""
-
-    def block(match):
-        lines = BLOCKS[match[2]]()
-        return match[1] + "".join(f"{line}\n" for line in (lines and ["", *lines, ""])) + match[3]
-
-    return BLOCK.sub(block, (HERE / "README.md").read_text())
+    """README.md with its block made anew."""
+    block = "".join(f"{line}\n" for line in ladder())
+    return BLOCK.sub(lambda match: match[1] + block + match[2], (HERE / "README.md").read_text())
 
 
 def main():
     p = argparse.ArgumentParser(prog="python3 -m benchmarks.readme", description=__doc__.split("\n")[0])
-    p.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README would change")
-    check, path = p.parse_args().check, HERE / "README.md"
-    if check and readme() != path.read_text():
-        raise SystemExit("README.md does not show the committed results: run python3 -m benchmarks.readme")
-    if not check:
-        path.write_text(readme())
+    p.add_argument("--check", action="store_true", help="write nothing; exit 1 if one would change")
+    check = p.parse_args().check
+    for path, text in ((HERE / "README.md", readme()), (RESULTS / "README.md", results_readme())):
+        if not check:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            raise SystemExit(f"{path.name} does not show the committed results: run python3 -m benchmarks.readme")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -148,3 +149,50 @@ def show(row, base, say=print):
 def gpus(out):
     """The result folders, one a GPU."""
     return sorted(path for path in out.glob("*") if path.is_dir())
+
+
+# ---- what several scripts make of the rows
+
+
+def curves(rows):
+    """{(name, every parameter but S): {provider: [rows by S]}}."""
+    found = {}
+    for row in sorted(rows, key=lambda row: row.about["S"]):
+        kind = (row.name, " ".join(word for word in row.case.split() if not word.startswith("S")))
+        found.setdefault(kind, {}).setdefault(row.provider, []).append(row)
+    return found
+
+
+OURS = "triton fused"
+PEERS = {"fwd": (OURS, "SDPA cudnn", "fa3", "fa4"), "bwd": (OURS, "SDPA cudnn", "fa4 deterministic")}
+PASSES_OF = {"fwd": "forward", "bwd": "backward"}
+TOKENS, CHANNELS, PEER_HEAD_DIMS = 16384, 2048, (128, 64)
+SAME = f"of D {PEER_HEAD_DIMS[1]} and {PEER_HEAD_DIMS[0]} where B S = {TOKENS}, H D = {CHANNELS}"
+
+
+def compare(results, mode):
+    """[(case, {provider: median TFLOP/s}, (ratio of ours to the best of the others, least, greatest of a pass), whether
+    it is one of the same work)]; the ratio is None where there are no others."""
+    found = {}
+    for row in results:
+        if row.about["mode"] == mode and row.tflops:
+            found.setdefault((row.case, row.about["same"]), {}).setdefault(row.provider, {})[row.name] = row.tflops
+    lines = []
+    for (case, same), by_provider in found.items():
+        medians = {name: statistics.median(passes.values()) for name, passes in by_provider.items()}
+        ours, others = by_provider.get(OURS, {}), [name for name in medians if name != OURS]
+        ratio = None
+        both = [p for p in ours if any(p in by_provider[name] for name in others)]
+        if both:
+            each = [ours[p] / max(by_provider[name].get(p, 0.0) for name in others) for p in both]
+            shared = {name: [passes[p] for p in both if p in passes] for name, passes in by_provider.items()}
+            best = max(statistics.median(shared[name]) for name in others if shared[name])
+            ratio = (statistics.median(shared[OURS]) / best, min(each), max(each))
+        lines.append((case, medians, ratio, same))
+    return lines
+
+
+def mean(lines):
+    """Geometric mean of the ratios over the cases of the same work, or None."""
+    ratios = [ratio[0] for _, _, ratio, same in lines if same and ratio]
+    return statistics.geometric_mean(ratios) if ratios else None

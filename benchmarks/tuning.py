@@ -8,6 +8,27 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NamedTuple
+
+DEFAULT = "no tile given"  # the provider of a call that chooses for itself
+IN_TURNS = " in turns"  # ends the case of the last round
+
+
+class Kernel(NamedTuple):
+    """Where a kernel is: its stage in providers, its module and function, its rows in the tuned table."""
+
+    stage: str
+    module: str
+    function: str
+    op: str | None  # None: its tile follows from the shape, not from the table
+
+
+KERNELS = {
+    "scores": Kernel("scores", "triton_attention_scores", "_scores_kernel", "scores"),
+    "softmax": Kernel("softmax", "triton_attention_softmax", "_softmax_kernel", None),
+    "values": Kernel("values", "triton_attention_values", "_values_kernel", "values"),
+    "fused": Kernel("fused", "triton_attention_fused", "_fwd_kernel", "fused"),
+}
 
 
 @contextlib.contextmanager

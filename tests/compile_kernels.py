@@ -376,7 +376,7 @@ def rows(name, quick):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python3 -m tests.compile_kernels", description=__doc__.split("\n")[0])
     parser.add_argument("--targets", nargs="+", choices=SHARED_KIB, default=list(SHARED_KIB), help="GPUs")
     parser.add_argument("--quick", action="store_true", help="leave out float64, wide float32 and some kinds of mask")
     args = parser.parse_args()
@@ -384,7 +384,7 @@ def main():
     print(f"{'GPU':7} {'kernel':46} {'registers':>9} {'spills':>9} {'shared KiB':>10}")
     bad = 0
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["compile_kernels"])
+    context.set_forkserver_preload(["tests.compile_kernels"])
     with ProcessPoolExecutor(min(2, len(targets)), context, max_tasks_per_child=1) as pool:
         for name, table in zip(targets, pool.map(rows, targets, [args.quick] * len(targets)), strict=True):
             for label, registers, spills, shared, problem in table:

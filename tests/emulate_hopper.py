@@ -3,11 +3,13 @@
     python3 -m tests.emulate_hopper      a minute; says how each planted bug shows
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
+    argparse.ArgumentParser("python3 -m tests.emulate_hopper", description=__doc__.split("\n")[0]).parse_args()
     os.environ["TRITON_INTERPRET"] = "1"  # for the kernels before and after
 
 import torch  # noqa: E402

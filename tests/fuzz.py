@@ -24,7 +24,9 @@ KINDS = {"fused": 9, "staged": 4, "softmax": 3, "scores": 2, "values": 2, "merge
 
 
 def options():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        "python3 -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--minutes", type=float, help="stop after so many (default: 1, or with --calls no limit)")
     p.add_argument("--calls", type=int, help="stop after so many calls")
     p.add_argument("--seed", type=int, help="of the first call (default: drawn)")

@@ -3,6 +3,7 @@
     python3 -m tests.planted_bugs      a minute or two; exit 1 if a bug survives
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def survives(file, right, wrong):
 
 
 def main():
+    argparse.ArgumentParser("python3 -m tests.planted_bugs", description=__doc__.split("\n")[0]).parse_args()
     survivors = 0
     for name, bug in BUGS.items():
         alive, evidence = survives(*bug)

@@ -9,10 +9,9 @@ import time
 import pytest
 import torch
 
-import benchmark_peers
 from benchmarks import figures, harness, providers, tuning
-from benchmarks.readme import readme
-from benchmarks.results import Row
+from benchmarks.readme import readme, results_readme
+from benchmarks.results import OURS, Row, compare, mean
 from tests.reference import HERE, run_python
 
 
@@ -101,13 +100,13 @@ def test_benchmark_compares_with_the_best_of_the_others():
         about = {"mode": mode, "same": case == "a"}
         return [Row(f"pass {i}", case, provider, tflops=x, about=about) for i, x in enumerate(tflops)]
 
-    ours = benchmark_peers.OURS
+    ours = OURS
     measured = rows(ours, 4.0, 6.0, 5.0) + rows("fa3", 5.0, 2.0, 4.0) + rows("fa4", 1.0, None, 8.0)
     measured += rows(ours, 3.0, case="alone") + rows("fa3", 1.0, mode="bwd")
-    lines = benchmark_peers.compare(measured, "fwd")
+    lines = compare(measured, "fwd")
     assert lines[0] == ("a", {ours: 5.0, "fa3": 4.0, "fa4": 4.5}, (5.0 / 4.5, 5.0 / 8.0, 6.0 / 2.0), True)
     assert lines[1] == ("alone", {ours: 3.0}, None, False)
-    assert benchmark_peers.mean(lines) == pytest.approx(5.0 / 4.5) and benchmark_peers.mean(lines[1:]) is None
+    assert mean(lines) == pytest.approx(5.0 / 4.5) and mean(lines[1:]) is None
 
 
 def test_benchmark_of_shared_keys_is_checked_against_every_query_that_shares_them():
@@ -197,4 +196,5 @@ def test_benchmark_saves_the_winning_tile(tmp_path):
 
 
 def test_readme_shows_the_committed_results():
-    assert readme() == (HERE / "README.md").read_text(), "run python3 -m benchmarks.readme"
+    for path, text in ((HERE / "README.md", readme()), (HERE / "results/README.md", results_readme())):
+        assert text == path.read_text(), "run python3 -m benchmarks.readme"

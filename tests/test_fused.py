@@ -12,7 +12,7 @@ from tests.reference import (
 )
 from triton_attention import fused_backward
 from triton_attention.dropout import dropout
-from triton_attention.launch import INTERPRETED
+from triton_attention.device import INTERPRETED
 from triton_attention_fused import attention_fused, merge_attention
 from triton_attention_layer import attention_staged
 

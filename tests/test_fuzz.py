@@ -27,13 +27,13 @@ def test_a_planted_fault_is_noticed_and_its_line_repeats_it(capsys, monkeypatch)
     assert code == 1 and wrong and f" {len(wrong)} wrong" in lines[-1], lines
     command, _, what = wrong[0].partition("  # ")
     assert re.search(r"^scores .*: AssertionError: .*error .*, allowed", what)
-    code, lines = run(capsys, *shlex.split(command)[2:])
+    code, lines = run(capsys, *shlex.split(command)[3:])
     assert code == 1 and lines[1] == wrong[0]
     monkeypatch.undo()
-    assert run(capsys, *shlex.split(command)[2:])[0] == 0
+    assert run(capsys, *shlex.split(command)[3:])[0] == 0
 
 
 def test_help_needs_no_torch():
-    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['tests/fuzz.py', '--help']\n"
-    result = run_python(code + "runpy.run_path('tests/fuzz.py', run_name='__main__')")
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['fuzz', '--help']\n"
+    result = run_python(code + "runpy.run_module('tests.fuzz', run_name='__main__')")
     assert result.returncode == 0 and "--minutes" in result.stdout, result.stderr
