@@ -1,51 +1,29 @@
 """dQ, dK, dV on Hopper in one walk over the scores: five products a tile instead of the plain kernels' seven.
 
-The plain kernels (triton_attention/fused_backward.py) compute S and dP twice, once for dQ and once for dK and dV, so
-that every sum belongs to one program. Here a program takes 128 keys, walks over the queries that see them, and computes
-all three. dK and dV stay in its registers; dQ goes from tile to tile of keys, each of which adds its part:
+The plain kernels (fused_backward.py) compute S and dP twice, once for dQ and once for dK and dV, so that every sum
+belongs to one program. Here a program takes 128 keys, walks over the queries that see them, and computes all three.
+dK and dV stay in its registers; dQ goes from tile to tile of keys, each of which adds its part:
 
-    fetching warp   Q1 dO1              Q2 dO2              ...            by TMA, into rings of shared memory
-    eight warps     S0   dP0     dV  dQ0  dK | S1   dP1     dV  dQ1  dK    tensor cores, asynchronous
-                         P0  dS0             |      P1  dS1                 the other units, P beneath dP
-    waiting warp    until dQ0 has what others add to it before this, until dQ1 ...
-    storing warp                          dQ0 added to memory, by TMA; the next tile may add its part       ...
+    producer warp        Q1 dO1              Q2 dO2              ...            by TMA, into the stages of a pipeline
+    eight consumer warps S0   dP0     dV  dQ0  dK | S1   dP1     dV  dQ1  dK    tensor cores, asynchronous
+                              P0  dS0             |      P1  dS1                 the other units, P overlaps dP
+    semaphore warp       until dQ0 has what is added to it before this, until dQ1 ...
+    store warp                                dQ0 added to memory, by TMA; the next tile may add its part       ...
 
 S^T = K Q^T and dP^T = V dO^T come transposed out of the tensor cores, the way dV += P^T dO and dK += dS^T Q take them
 in, straight from registers. Only dS goes through shared memory too, for dQ = dS K is a sum over the keys of all warps.
 
-The parts of a dQ are added in a fixed order: results are bitwise repeatable. A ticket in memory for each tile of
-queries says whose turn it is. The last keys come first, as in causal attention programs that work on the same queries
-then lag by a step each, and hardly any waits. But those are the short walks; so in the last of the list's sections the
-first keys come first, and all programs end together: causal, 5 % of the time at D 128, 1 % at D 64. What dQ costs is
-its traffic, 4 bytes an element and a tile of keys.
+Invariants
+    the parts of a dQ are added in a fixed order, by a semaphore in memory for each tile of queries: bitwise repeatable;
+    a tile waits only for those with lower numbers, which are under way already: no deadlock, however few programs run;
+    the last keys come first, so that causal programs lag by a step each and hardly wait; in the last section of the
+    list the first keys come first, and all programs end together;
+    persistent: tiles of keys are drawn from a counter, the first queries of the next prefetched during the epilogue;
+    once a step all consumer warps meet, between dS and dQ = dS K, and before dK and dV take the places of K and V;
+    hidden scores start from -inf, and K and V are clamped to finite numbers: 0 * inf would be NaN.
 
-A program per multiprocessor takes one tile of keys after the other from a list, as a counter tells the warp that
-fetches, and that warp the others; the first queries of the next tile are on their way while dK and dV of the last are
-stored. A tile waits only for those with lower numbers, which others have taken before, or this program: no deadlock,
-however few programs the GPU has room for. (A program a tile: up to 13 % slower at S 512, up to 3 % at S 8192.)
-
-Where the speed is from. Once a step all eight warps meet, between dS and dQ = dS K. Triton made them meet three times
-more, before each arrival at an mbarrier and before what it takes for a conflict in shared memory; so places are
-released at named barriers, where a warp says so and goes on, and a barrier that Triton would put elsewhere stands right
-behind the one that is needed (D 128 3 to 11 %, D 64 3 to 9 %; Triton 3.9 puts one behind each wait for a product, so
-that this one is left out). dV is issued before dS is fenced (2 to 4 %), and delta is read before S is issued (1 %). At
-D 64 K is in registers (4 %). At D 128 three stages of Q and dO hide the traffic of dQ (two: 7 % slower). -delta is what
-the product dP^T starts from, which saves registers and 1 to 3 %. So is -inf what S starts from where a key is hidden: a
-mask on P would spill. The wait for the next Q is between the exponentials and the wait for dP, without which ptxas
-moves the latter up.
-
-What gained nothing: two partitions of four warps which may drift apart, as dQ of the last step is computed beneath the
-exponentials of this (D 64 the same, D 128 5 % slower); queries by halves, the exponentials of one beneath the products
-of the other; wider loads of lse and delta; dO released before Q; dP^T from zero; a third place for dQ in that of a
-second dS, all warps meeting once more behind dQ (up to 9 % more cycles); programs held back by a step in full attention
-too (5 to 9 % more); S of the next step behind dK of this one, in flight while dQ is handed on (1 to 12 % more). wgmma
-in flight across the end of a step is serialised by ptxas, or spills.
-
-On an H200, bfloat16, B S = 16384, H D = 2048, S from 512 to 16384: D 128 366 to 593 TFLOP/s (causal 205 to 602), D 64
-340 to 527 (177 to 527); of the better of cuDNN and FlashAttention-4's deterministic mode 0.96 to 1.14, mean 1.02
-(benchmark_peers.py).
-
-Shah et al., "FlashAttention-3", 2024, for one walk with warp specialisation; FlashAttention-2, for sums in fixed order.
+What was measured, and what gained nothing: NOTES.md. Shah et al., "FlashAttention-3", 2024, for one walk with warp
+specialisation; FlashAttention-2, for sums in a fixed order.
 """
 
 import torch

@@ -1,62 +1,28 @@
-"""The fused forward pass on Hopper: a warp fetches, two or three warpgroups multiply, their softmax runs beneath.
+"""The fused forward pass on Hopper: a producer warp, two or three consumer warpgroups, softmax under products.
 
 The plain kernel (triton_attention_fused.py) computes scores, then their softmax, then P V: tensor cores wait for the
-exponentials, and those for tensor cores. Here the scores of the next keys are on their way before P V of these:
+exponentials, and those for tensor cores. Here the scores of the next keys are in flight before P V of these:
 
-    fetching warp   K4   K3 V4   K2 V3   K1 V2   ...       by TMA, into rings of shared memory
-    warpgroup 0     S4   S3   P4 V4   S2   P3 V3   S1 ...     tensor cores, asynchronous
-                       softmax 4 |  softmax 3 |  softmax 2    the other units, beneath them
-    warpgroup 1     the same for the next 64 queries, K and V shared
+    producer warp         K4   K3 V4   K2 V3   K1 V2   ...       by TMA, into the stages of a pipeline
+    consumer warpgroup 0  S4   S3   P4 V4   S2   P3 V3   S1 ...     tensor cores, asynchronous
+                             softmax 4 |  softmax 3 |  softmax 2    the other units, overlapped
+    consumer warpgroup 1  the same for the next 64 queries, K and V shared
 
-Keys are walked from the last to the first, as the diagonal is at the end: only there a tile pays for a mask. Each
-warpgroup has bounds of its own and releases tiles unread that none of its queries sees. A program per multiprocessor
-takes one tile of queries after the other, its Q and first K on the way while the last is finished. Causal tiles differ
-in length: then the longest come first, and whoever is done takes the next number from a counter, asked for four tiles
-of keys before the end, as the answer takes its time. (Asked for at the start, whoever has the longest tile would take
-the longest of the next round too: 5 % more cycles at D 64, S 8192.)
+Persistent: a program per multiprocessor takes one tile of queries after the other, the next Q and first K prefetched
+during the epilogue of the last. Causal tiles differ in length: the longest come first, and the producer draws the next
+from a counter, four tiles of keys before it is needed.
 
-Where the speed is from: wgmma stays in flight under the softmax only because the wait for the next K is between the
-exponentials and the wait for P V; without it ptxas moves the latter up. With two warpgroups it is in the middle of the
-exponentials, so that the second half of them hides what comes after P V: O scaled, sums, P in 16 bits. A branch
-around the mask, not a second loop, which would spill; and no mask at all past the first tile where the diagonal is at a
-multiple of 64, which spares three warpgroups 6 KB of instructions (D 64, causal, 2 to 3 %; at D 128 a branch is there
-all the same, as with it ptxas releases K earlier: 1 %). Maxima begin with the least finite number, not with -inf, so
-that no tile needs a test for rows that have seen no key yet (D 128 1 to 2 %).
-Where the diagonal is at a multiple of 128, the first warpgroup multiplies only the half of its first tile that it sees,
-and so is ahead of the second, whose products fill its softmax (S 512 4 to 8 %, S 2048 1 to 3 %). 240 registers a thread
-of two warpgroups, or 160 of three where there are tiles enough for that, and few for the warp that fetches; that warp
-does the divisions that say which tile is next. Causal heads are worked on in sections, of two tiles a multiprocessor,
-so that K and V stay in L2: at S 512, D 128 254 -> 300 TFLOP/s.
+Invariants
+    keys are walked from the last to the first: the diagonal is at the end, and only there a tile pays for a mask;
+    each warpgroup has bounds of its own, and releases stages unread that none of its queries sees;
+    a stage is released at a named barrier, where a warp arrives and goes on;
+    maxima start with the least finite number, so that no tile needs a test for rows that have seen no key yet;
+    O is rescaled only where the exponentials of a row have outgrown its maximum by a factor of 256;
+    the counter is left at zero for the next launch, and NaN in hidden values is repaired within (nan_repair.py).
 
-O is scaled only where the exponentials of a row have outgrown its maximum by a factor of 256 since the last time; else
-a warp jumps over it, and weights up to 256 do no harm, as FlashAttention-4 found on Blackwell. That was the largest
-single gain: 5 to 8 % at D 128, 3 to 6 % at D 64. A causal call is one launch: the counter is left at zero for the next
-(counter in triton_attention/device.py; a CUDA graph zeroes its own), and NaN in hidden values is found and repaired
-within, by what is described in triton_attention/hopper/mask.py.
-
-The softmax is in triton_attention/hopper/softmax.py. A ring's place is released at a named barrier, where a warp says
-so and goes on; before it arrives at an mbarrier, Triton makes it wait for its warpgroup (1 to 4 %), as it still does
-once a tile, before the wait for K. Causal, up to D 128, the next tile is read while the last product of this one is
-computed (1 to 3 %). A GPU that does not rest draws all the power it may have, and its clock falls to 1.5 GHz: of the
-cycles that are saved half come back as time.
-
-What gained nothing: turns at the tensor cores, one warpgroup after the other, passed on behind both products, behind
-the first or within the second; S of the next tile beneath the last P V of this one (full attention of D 128 1 to 2 %
-fewer cycles, else 1 to 3 % more); Q in registers (1 % at D 128, spills with ptxas 13); tiles that are dealt out in
-advance (8 % slower at S 8192); a counter for full attention too; a quarter or half of the exponentials by a cubic
-polynomial (6 to 26 % slower); turns at the exponentials, at named barriers that these depend on (1 to 8 % slower);
-another place for the barrier that Triton adds before the wait for K; the exponentials in halves with three warpgroups
-(9 % more cycles); two warpgroups in long attention of D 64 (5 to 20 % more). With three warpgroups ptxas 12.8 moves the
-exponentials below the wait for P V, as a branch follows it; a barrier of the warp that holds them there costs more than
-it gains, as two other warpgroups fill the gap.
-
-Head dims above 128 take tiles of 64 keys, and O leaves from the place of Q: 2.5 times as fast as the plain kernel.
-
-On an H200, bfloat16, B S = 16384, H D = 2048, S from 512 to 16384: D 128 547 to 688 TFLOP/s (causal 369 to 685), D 64
-403 to 551 (291 to 540); of the best of cuDNN, FlashAttention-3 and -4 0.98 to 1.16, mean 1.04 (benchmark_peers.py).
-
-Shah et al., "FlashAttention-3", 2024, for warp specialisation and the order of the two products. Gluon
-(triton.experimental.gluon) is Triton's lower-level language: layouts, barriers and copies are explicit.
+What was measured, and what gained nothing: NOTES.md. Shah et al., "FlashAttention-3", 2024, for warp specialisation and
+the order of the two products; FlashAttention-4 for rescaling rarely. Gluon (triton.experimental.gluon) is Triton's
+lower-level language: layouts, barriers and copies are explicit.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """S = scale * Q K^T on Hopper: the scores of two query tiles at once, so that one is stored while the other multiplies.
 
 The plain kernel (triton_attention_scores.py) waits for its dot, then stores, then starts the next dot: tensor cores and
-memory take turns. Here a program keeps one tile of keys in shared memory and two warpgroups walk over the queries:
+memory alternate. Here a program keeps one tile of keys in shared memory and two warpgroups walk over the queries:
 
     warpgroup 0    load q0   S0 = q0 K^T   store S0   S2 = q2 K^T   store S2   ...
     warpgroup 1    load q1       ...       S1 = q1 K^T   store S1   S3 = q3 K^T   ...
@@ -9,11 +9,8 @@ memory take turns. Here a program keeps one tile of keys in shared memory and tw
 Nothing orders the two: each waits for the tensor cores or for its store while the other has them. The tensor memory
 accelerator (TMA) moves whole tiles in and out, asynchronously, clips them at the edges and fills with zeros.
 
-On an H200, [4, 16, 4096, D] bfloat16, as a share of the device-copy bandwidth: D 64 86 % -> 93 %, D 128 62 % -> 83 %.
-What made the difference at D 128: wide key tiles (a wgmma of 64 x 256 reads 10 KiB of shared memory for 128 cycles of
-work, one of 64 x 64 reads 4 KiB for 32 cycles and is bound by that), and warpgroups that do not wait for each other.
-
-Gluon (triton.experimental.gluon) is Triton's lower-level language: layouts, barriers and copies are explicit.
+What was measured: NOTES.md. Gluon (triton.experimental.gluon) is Triton's lower-level language: layouts, barriers and
+copies are explicit.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""The softmax of a tile of scores on Hopper, in the registers that wgmma leaves them in: what hides the instructions.
+"""The softmax of a tile of scores on Hopper, in the registers of wgmma: what overlaps the exponentials.
 
 A thread has two rows of a tile [64, keys], in each of them two columns of every eight:
 
@@ -6,11 +6,8 @@ A thread has two rows of a tile [64, keys], in each of them two columns of every
     exponentials    2^(scale s - maximum), of all columns or of one half after the other
     row_sums        of a thread's own columns: added up over the four threads when all tiles are done
 
-The exponentials take the longest, eight cycles a warp and instruction; the art is to have all else beneath them, which
-is in the hands of ptxas. By cycles that a profiler counted, S 8192: with the registers of two warpgroups it finds the
-maximum of the second row beneath the exponentials of the first (D 128 2 to 3 %, the gain of exponentials by halves
-included, see forward.py). With those of three it does one row after the other, unless maxima are
-computed by halves, and both before the exponentials of the first (D 64 12 %). Sums across threads at the end: 2 %.
+The exponentials take the longest, eight cycles a warp and instruction; all else is to overlap them, which is in the
+hands of ptxas. What it made of which order: NOTES.md.
 """
 
 from triton.experimental import gluon
