@@ -1,4 +1,7 @@
-"""Attention against PyTorch. python3 test_attention.py runs this file and every other test_*.py, with pytest's options.
+"""Attention against PyTorch.
+
+    python3 test_attention.py             this file and every other test, with pytest's options (-k, -x, ...)
+    python3 test_attention.py --quick     some of every function, in a minute and a half on two cores
 
 Without a GPU the kernels run in Triton's interpreter, made strict; with one, the same cases run on it.
 """
@@ -495,6 +498,8 @@ def test_bad_input(error, match, function, args, kwargs):
 
 if __name__ == "__main__":
     print(describe_device())
+    if {"-h", "--help"} & {*sys.argv}:
+        print(__doc__)
     workers = ["-n", str(min(os.cpu_count() or 1, 12))]  # each a process: the interpreter has one thread
     files = [__file__, *sorted(str(path) for path in (HERE / "tests").glob("test_*.py"))]
     raise SystemExit(pytest.main([*files, "-q", *workers, "--durations=5", *sys.argv[1:]]))
