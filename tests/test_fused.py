@@ -10,7 +10,7 @@ from tests.reference import (
     BF16, DEVICE, F16, F32, F64, INF, NAN, T, compare, fused, outputs_and_grads, randn, staged, torch_fused,
     torch_staged, torch_visible,
 )
-from triton_attention import fused_backward
+from triton_attention import fused_common
 from triton_attention.dropout import dropout
 from triton_attention.device import INTERPRETED
 from triton_attention_fused import attention_fused, merge_attention
@@ -157,7 +157,7 @@ def test_dropout_beside_narrower_masks(M, dtype):
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU all of float32 is in parts")
 def test_float32_in_parts(monkeypatch):
     """The way of float32 on tensor cores, without the rounding of its parts: which tiles, where from, what of NaN."""
-    monkeypatch.setattr(fused_backward, "dot_precision", lambda dtype, device: "bf16x6")
+    monkeypatch.setattr(fused_common, "dot_precision", lambda dtype, device: "bf16x6")
     for window, softcap, with_sinks, is_causal in [(None, None, False, False), *FEATURES[2:5]]:
         q, k, v = randn(2, 4, 40, 24), randn(2, 2, 50, 24), randn(2, 2, 50, 40)
         options = {"window_size": window or (-1, -1), "softcap": softcap or 0.0, "is_causal": is_causal}
