@@ -131,10 +131,12 @@ def define_op(name, fake, wide=(), hopper=None):
             op = torch.library.triton_op(f"triton_attention::{name}", dispatched, mutates_args=())
         op.register_fake(fake)  # that of triton_op is the launcher, which asks too much of a dynamic length
 
+        overload = getattr(torch.ops.triton_attention, name).default  # which Dynamo knows wherever it comes from
+
         @functools.wraps(launcher)
         def call(*args):
             if must_dispatch(args):
-                return op(*args)
+                return overload(*args)
             replay = stand_in(chosen, args, {})
             return chosen(*args) if replay is None else replay()
 
