@@ -224,7 +224,8 @@ def test_every_kernel_compiles_for_every_gpu():
 
 
 STRAYS = """
-import types, compile_kernels
+import types
+from tests import compile_kernels
 ways = (
     "UIADD3.X UR7, UR6, -0x7fffffe0, URZ, UP0, !UPT",  # ptxas 12.8 took a register that held something else
     "@P0 UMOV UR7, 0x40000040",
@@ -249,7 +250,8 @@ def test_descriptors_are_followed_through_swaps_and_spills():
 
 
 WIDE = """
-import types, compile_kernels
+import types
+from tests import compile_kernels
 line = "{} %a, %b, %c : tensor<16x32x{}, #ttg.dot_op<{{opIdx = 0, parent = #mma, kWidth = {}}}>> * tensor<32x64xf64>"
 for values in (("dot", "bf16", 2), ("dot", "f16", 4), ("dot", "f64", 1), ("dot", "f64", 2), ("cat", "f32", 2)):
     ttgir = "%2 = tt." + line.format(*values)
