@@ -1,6 +1,7 @@
 """PyTorch around the functions: gradcheck, opcheck, torch.compile, torch.func, autocast, modes, repeatability."""
 
 import functools
+import itertools
 from contextlib import nullcontext
 
 import numpy
@@ -63,15 +64,18 @@ def test_fakes_have_the_strides_of_the_launchers(layout, dtype):
             outs = func(*args, **(kwargs or {}))
             if "triton_attention" in str(func):
                 names.append(str(func))
+                # of a dimension of size 1 a traced program may have another stride
+                strides = lambda t: [s if t.shape[i] > 1 else 3 for i, s in enumerate(t.stride())]  # noqa: E731
+                others = tree_map_only(torch.Tensor, lambda t: t.as_strided(t.shape, strides(t)), args)
                 with FakeTensorMode() as mode:
-                    fakes = func(*tree_map_only(torch.Tensor, mode.from_tensor, args), **(kwargs or {}))
+                    fakes = func(*tree_map_only(torch.Tensor, mode.from_tensor, others), **(kwargs or {}))
                 for out, fake in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (outs, fakes)), strict=True):
                     assert (out.shape, out.stride(), out.dtype) == (fake.shape, fake.stride(), fake.dtype), func
             return outs
 
     names = []
-    for heads, ours in ((1, staged), (2, staged), (1, fused), (2, fused)):
-        q, k, v = (randn(2, h, n, 8, dtype=dtype, layout=layout) for h, n in ((2, 9), (heads, 11), (heads, 11)))
+    for heads, N, ours in itertools.product((1, 2), (1, 11), (staged, fused)):
+        q, k, v = (randn(2, h, n, 8, dtype=dtype, layout=layout) for h, n in ((2, 9), (heads, N), (heads, N)))
         with Compare():
             out = ours(q, k, v)[0]
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
