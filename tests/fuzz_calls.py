@@ -110,7 +110,7 @@ def possible(c):
         c.same = "k v"  # else each query sees itself alone: what is left of dS is rounding of O
     if c.same:
         c.Dv = c.D
-    if c.B * c.M < 16:  # the gradient of a sink is one number, of so many rows; an error of few is chance
+    if c.B * c.M < 16 or c.values == "large":  # a sink's gradient is one number, of few rows; their error is chance
         c.wants = [name for name in c.wants if name != "sinks"]
     if c.same == "q k v":
         c.Hk, c.N, c.poison = c.H, c.M, None
