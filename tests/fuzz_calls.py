@@ -199,7 +199,8 @@ def build(c, seed):
         t.requires_grad_(wanted and t.is_floating_point())
     if c.kind not in ("scores", "values") and visible(c, inputs.get("mask")).sum(-1).max() < 2:
         for name in {"q", "k", "mask", "scores"} & inputs.keys():  # P is 1 or 0: what is left of dS is rounding alone
-            if name == "mask" or not (c.same and c.same.startswith(name)):  # else it is the gradient of v too
+            rounded = vars(c).get("autocast", c.dtype).itemsize == 2  # by as much as O is
+            if name == "mask" or rounded or not (c.same and c.same.startswith(name)):  # else it is v's gradient too
                 inputs[name].requires_grad_(False)
     return inputs
 
