@@ -1,6 +1,6 @@
 """Does the test suite notice? Plants one bug at a time in a copy of the kernels and expects test_attention.py to fail.
 
-    python3 -m tests.planted_bugs      a minute or two; exit 1 if a bug survives
+    python3 -m tests.planted_bugs      some minutes; exit 1 if a bug survives
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Tiles: the only file that builds a pointer grid, a boundary mask or a dot.
+"""Tiles: the only file that builds a pointer grid or a boundary mask; and the dot of two of them.
 
     columns   0 ...... N         a matrix is (ptr, strides, shape), a tile the pair of its row and column
     rows 0  +----+----+--+       offsets; what lies outside `shape` reads the neutral element of the caller's
@@ -41,7 +41,7 @@ def store_tile(ptr, strides, shape, rows, cols, tile):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b; PRECISION says how float32 is multiplied, see dot_precision in triton_attention/launch.py."""
+    """acc + a @ b; PRECISION says how float32 is multiplied, see dot_precision in tile_choice.py."""
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
