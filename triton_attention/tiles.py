@@ -45,18 +45,27 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
+@tl.core.extern
+def _bits_as_float(x, _semantic=None):
+    """The float of as many bits, by a function of NVIDIA's libdevice that Triton takes for one with side effects."""
+    functions = {
+        (tl.int32,): ("__nv_int_as_float", tl.float32), (tl.int64,): ("__nv_longlong_as_double", tl.float64),
+    }
+    return tl.core.extern_elementwise("", "", [x], functions, is_pure=False, _semantic=_semantic)
+
+
 @triton.jit
 def hide_loads(x, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr):
     """x, a float32 or float64 tile computed beside a mask or random bits, as an operand of a product.
 
     For mma.sync, Triton lays an operand out for the narrowest load among its elementwise ancestors, 8 bits of a bool
     mask, and halves that where bits are joined. Float64 then does not compile, and a product over fewer columns than
-    the layout has is wrong (Triton 3.6 to 3.9). An instruction it knows nothing of, here an empty one, ends the search.
+    the layout has is wrong (Triton 3.6 to 3.9). A function with side effects, here one that does nothing, ends the
+    search. (Inline assembly with side effects would too; for Inductor that is a kernel which writes all its inputs.)
     """
     if HAS_MASK or DROPOUT or (HAS_BIAS and x.dtype == tl.float64):
         if NVIDIA:
-            CONSTRAINTS: tl.constexpr = "=d,0" if x.dtype == tl.float64 else "=f,0"
-            x = tl.inline_asm_elementwise("", CONSTRAINTS, [x], dtype=x.dtype, is_pure=False, pack=1)
+            x = _bits_as_float(x.to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True))
     return x
 
 
