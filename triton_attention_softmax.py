@@ -31,7 +31,8 @@ def _logits(
     """Tile of S + mask; where the mask forbids a key it is -inf, whatever S holds there."""
     s = load_scores(s_ptr, s_strides, M, N, offs_m, offs_n, diagonal, float("-inf"), CAUSAL).to(ACC)
     if HAS_MASK:
-        s = tl.where(load_tile(mask_ptr, mask_strides, (M, N), offs_m, offs_n, False), s, float("-inf"))
+        allowed = load_tile(mask_ptr, mask_strides, (M, N), offs_m, offs_n, False)
+        s = tl.where(allowed.to(tl.int1), s, float("-inf"))  # for Inductor a bool tensor is one of bytes
     if HAS_BIAS:
         bias = load_tile(mask_ptr, mask_strides, (M, N), offs_m, offs_n, float("-inf")).to(ACC)
         s = tl.where(bias == float("-inf"), float("-inf"), s + bias)

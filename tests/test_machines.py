@@ -265,6 +265,55 @@ def test_operands_laid_out_for_a_narrower_dtype_are_counted():
     assert run.stdout.split() == ["0", "1", "0", "1", "0"], run.stderr
 
 
+INDUCTOR = """
+import importlib.util, os, pathlib
+import torch, triton
+from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
+from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as source_of
+from triton.runtime.jit import JITFunction
+from tests import compile_kernels as gate
+from triton_attention import tiles
+from triton_attention_softmax import softmax_op
+
+tiles.NVIDIA, run, copies = gate.tl.constexpr(True), JITFunction.run, {}
+
+def copy_of(kernel):
+    if kernel not in copies:
+        path = pathlib.Path(os.environ["COPIES"]) / f"{kernel.fn.__name__}.py"
+        path.write_text("import triton\\nimport triton.language as tl\\n@triton.jit\\n" + source_of(kernel))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        copies[kernel] = getattr(module, path.stem)
+    return copies[kernel]
+
+def traced(self, *args, grid, warmup, **kwargs):
+    run(copy_of(self), *args, grid=grid, warmup=True, **kwargs)
+    given = dict(zip(self.arg_names, args)) | {name: a for name, a in kwargs.items() if name in self.arg_names}
+    places = kernel_side_table.add_kernel(self), kernel_side_table.add_constant_args({})
+    print(self.fn.__name__, *get_mutated_tensors(*places, given, {}))
+    return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+JITFunction.run = traced
+calls = [call for dtype in (torch.bfloat16, torch.float64) for call in gate.dropout_launches(dtype, 64, True)]
+s = torch.zeros(1, 1, 16, 64)
+calls.append(("softmax", softmax_op, (s, s > 0, None, None, None)))
+for label, launcher, arguments in calls:
+    with gate.compiling_for("sm_90"):
+        launcher(*arguments)
+"""
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a process of its own, without a GPU")
+def test_inductor_can_copy_the_kernels_and_sees_what_they_write(tmp_path):
+    """torch.compile writes a kernel out anew with all that it names, and clones whatever it takes to be written."""
+    run = run_python(INDUCTOR, COPIES=str(tmp_path), TRITON_INTERPRET="0", PYTHONWARNINGS="error:tl.where:UserWarning")
+    backward = ["_dq_kernel record_ptr dq_ptr", "_dkdv_kernel dk_ptr dv_ptr"]
+    forward = ["_fwd_kernel o_ptr lse_ptr", "_fwd_kernel o_ptr lse_ptr stats_ptr"]
+    expected = [forward[0], *backward, forward[1], *backward, "_softmax_kernel p_ptr"]
+    assert run.stdout.splitlines() == expected, run.stdout + run.stderr[-3000:]
+
+
 DYNAMIC = """
 import torch, triton
 import triton_attention_layer

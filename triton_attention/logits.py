@@ -102,7 +102,8 @@ def logits(
             keep = keep & (n >= m + left)
         offsets = m.to(tl.int64) * mask_strides[0] + n.to(tl.int64) * mask_strides[1]
         if HAS_MASK:
-            keep = keep & tl.load(mask_ptr + offsets, mask=keep & (m < M), other=False)
+            allowed = tl.load(mask_ptr + offsets, mask=keep & (m < M), other=False)
+            keep = keep & allowed.to(tl.int1)  # for Inductor a bool tensor is one of bytes
         if HAS_BIAS:
             bias = tl.load(mask_ptr + offsets, mask=keep & (m < M), other=float("-inf")).to(qk.dtype)
             keep = keep & (bias != float("-inf"))
