@@ -5,7 +5,7 @@
 Every legal tile is checked and timed; --full crosses them with warps, pipeline stages and registers a thread. The best
 few then take turns, and --save writes the winner into triton_attention/tuned.py for this GPU: that is how a new GPU is
 tuned. --autotune asks triton.autotune for its choice of the same tiles. A tile that does not fit is listed with its
-needs.
+needs. Tiles are those of the plain kernel; where a call without one runs a kernel made for this GPU, its row says so.
 """
 
 import functools
@@ -151,7 +151,8 @@ def rows(name, args, interpreted):
     """A Case a tile, after one for the call without a tile."""
     kernel, shape = KERNELS[name], shapes(args, interpreted)
     found = found_tiles(name, args, interpreted)
-    yield case(name, kernel, shape, args, {DEFAULT: None}, providers.about(*shape) | {"kernel": name})
+    plain = interpreted or tuning.launches(kernel.module, stage_of(kernel, shape, args.seed).call)
+    yield case(name, kernel, shape, args, {DEFAULT: None}, providers.about(*shape) | {"kernel": name, "plain": plain})
     for tile in found:
         about = providers.about(*shape) | {"kernel": name, **tile._asdict(), "chosen": tile == found[0]}
         yield case(name, kernel, shape, args, {name_of(tile): tile}, about)
@@ -200,7 +201,9 @@ def table(found):
     print(f"\n{'tile':>16} {'ms':>8} {'roofline':>9}")
     for row in sorted(found, key=lambda row: (row.ms is None, row.ms or 0)):
         time = f"{row.ms:8.3f} {100 * row.of_roofline:7.1f} %" if row.ms else f"{'-':>8} {'-':>9}"
-        print(f"{row.provider:>16} {time}  {'<- chosen  ' if row.about.get('chosen') else ''}{row.note}")
+        mark = "<- chosen  " if row.about.get("chosen") else ""
+        mark = mark if row.about.get("plain", True) else "by another kernel, made for this GPU  "
+        print(f"{row.provider:>16} {time}  {mark}{row.note}")
 
 
 # ---- the script

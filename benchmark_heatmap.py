@@ -3,7 +3,8 @@
     python3 benchmark_heatmap.py [--plot]      two minutes on an H100
 
 Measures what results/<gpu>/benchmark_block_sizes.json lacks, as benchmark_block_sizes.py does, and draws it: the tile
-of the tuned table outlined, hatched what does not fit, crossed what is wrong. Only times of a GPU are drawn.
+of the tuned table outlined, hatched what does not fit, crossed what is wrong. Tiles are those of the plain kernels; a
+title says where a call runs another one, made for the GPU. Only times of a GPU are drawn.
 """
 
 import benchmark_block_sizes

@@ -282,8 +282,10 @@ def heatmap(info, rows):
         ax.set_yticks([y + 0.5 for y in range(len(ms))], ms, fontsize=8.5)
         ax.tick_params(length=0)
         ax.set_frame_on(False)
-        default = next((row.ms for row in of_kernel if row.provider == DEFAULT and row.ms), None)
-        ax.set_title(f"{name}, ms" + (f" (by default {default:.2f})" if default else ""), fontsize=9.5)
+        default = next((row for row in of_kernel if row.provider == DEFAULT and row.ms), None)
+        plain = default is None or default.about.get("plain", True)
+        by_default = f" (by default {'' if plain else 'another one: '}{default.ms:.2f})" if default else ""
+        ax.set_title(f"{name}{'' if plain else ', plain kernel'}, ms{by_default}", fontsize=9.5)
     title = f"BLOCK_M × BLOCK_N on {info['gpu']}, {case}"
     fig.suptitle(title, x=0.01, y=1 - 0.1 / tall, va="top", ha="left", fontsize=11.5, weight="bold")
     legend = [

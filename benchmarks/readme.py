@@ -152,7 +152,7 @@ def block_sizes(folder, info, rows):
     for row in rows:
         if row.ms and "BLOCK_M" in row.about:
             fastest.setdefault(row.name, []).append(row)
-    lines = ["### Tiles", "", "The fastest BLOCK_M x BLOCK_N of each kernel, ms; `heatmap.png` has all.", ""]
+    lines = ["### Tiles", "", "The fastest BLOCK_M x BLOCK_N of each plain kernel, ms; `heatmap.png` has all.", ""]
     lines += [conditions(info), "", "| kernel | case | tile | ms | slowest |", "|---|---|---|---|---|"]
     for name, found in fastest.items():
         best, worst = min(found, key=lambda row: row.ms), max(found, key=lambda row: row.ms)

@@ -46,6 +46,13 @@ def capturing(module):
         module.launch = launch
 
 
+def launches(module, call):
+    """Whether a call runs the kernel of this module, which tiles are for, and not one made for this GPU."""
+    with capturing(module) as found:
+        call()
+    return bool(found)
+
+
 def captured(module, call):
     """The first launch of a call: (programs, args, constants)."""
     with capturing(module) as found:

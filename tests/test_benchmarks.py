@@ -157,6 +157,7 @@ def test_benchmark_figures_need_the_json_alone(tmp_path):
          "about": {"BLOCK_M": 16, "BLOCK_N": n, "chosen": n == 16}}
         for n, ms, note in ((16, 1.0, ""), (32, None, "WRONG"), (64, None, "ValueError: the tile does not fit"))
     ]
+    tiles.append({"name": "scores", "case": "c", "provider": tuning.DEFAULT, "ms": 0.5, "about": {"plain": False}})
     (folder / "tiles.json").write_text(json.dumps({**info, "rows": tiles}))
     assert figures.redraw_heatmap(folder / "tiles.json", tmp_path / "heatmap.png")
     assert not figures.redraw_heatmap(folder / "none.json", tmp_path / "none.png")
