@@ -16,6 +16,8 @@ from types import SimpleNamespace
 
 import torch
 
+from triton_attention.logits import LN2, LOG2E
+
 
 class Barrier:
     """An mbarrier or, without bytes, a named barrier: a phase ends when all have arrived and all bytes have landed."""
@@ -315,7 +317,8 @@ LANGUAGE = SimpleNamespace(
     SliceLayout=nothing, BlockedLayout=nothing, SwizzledSharedLayout=nothing,
 )
 NAMES = {
-    "gl": LANGUAGE, "TRITON": (3, 6), "fence_async_shared": nothing, "store_async": store_async, "add_async": add_async,
+    "gl": LANGUAGE, "TRITON": (3, 6), "LN2": LN2.value, "LOG2E": LOG2E.value,
+    "fence_async_shared": nothing, "store_async": store_async, "add_async": add_async,
     "publish": publish, "spin_until": spin_until, "inline": lambda asm, x: int(x), "opaque": int,
     "uniform": lambda x: x.number if isinstance(x, FirstLane) else int(x),
     "arrive_at": arrive_at, "meet_at": meet_at, "barrier": nothing, "take_number": take_number,

@@ -17,6 +17,7 @@ import torch  # noqa: E402
 from tests.emulate_gluon import Barrier, Descriptor, Pointer, here, load, together  # noqa: E402
 from tests.reference import torch_fused  # noqa: E402
 from triton_attention.hopper import backward as kernels, forward as forward_kernels  # noqa: E402
+from triton_attention.logits import LOG2E  # noqa: E402
 
 HOPPER = Path(forward_kernels.__file__).parent
 FORWARD, BACKWARD = HOPPER / "forward.py", HOPPER / "backward.py"
@@ -36,7 +37,7 @@ def forward(
     arguments = (
         Descriptor(q, 64, block_d), Descriptor(k, block_n, block_d), Descriptor(v, block_n, block_d),
         Descriptor(o, 64, block_d),
-        Pointer(lse), Pointer(counter), Pointer(log), scale * 1.4426950408889634,
+        Pointer(lse), Pointer(counter), Pointer(log), scale * LOG2E.value,
         items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
         left is not None, right is not None, forward_kernels.edges(left, right),
         block_m == block_n and forward_kernels.half(left, right, M, N),
@@ -64,7 +65,7 @@ def backward(
     arguments = (
         Descriptor(q, block_m, wide), Descriptor(k, 128, wide), Descriptor(v, 128, wide), Descriptor(do, block_m, wide),
         Descriptor(stats, 1, 2 * block_m), Descriptor(sums, 64, 128), Descriptor(dk, 128, wide),
-        Descriptor(dv, 128, wide), Pointer(tickets), Pointer(counter), scale * 1.4426950408889634,
+        Descriptor(dv, 128, wide), Pointer(tickets), Pointer(counter), scale * LOG2E.value,
         tiles, B * Hk, section, Hk, H // Hk, -(-M // block_m), N, left or 0, outer or 0,
         left is not None, outer is not None, block_m, wide, stages, dq_stages, 0,
     )

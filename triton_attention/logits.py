@@ -8,10 +8,12 @@ A query m sees the keys from m + left to m + right, each side only where its fla
 right = 0, a sliding window has both sides. A mask or bias tensor forbids more, key by key.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2.0))
 
 
 @triton.jit

@@ -42,9 +42,9 @@ from triton_attention.hopper.ptx import (
 )
 from triton_attention.hopper.tma import add_async, describe, describe_rows, load_async, readable, store_async
 from triton_attention.launch import launch
+from triton_attention.logits import LN2, LOG2E
 from triton_attention.tile_choice import tile_for
 
-LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 KEYS = gl.constexpr(128)  # of a tile
 FREE, DQ_FULL = gl.constexpr(8), gl.constexpr(12)  # the first of four named barriers; those below are Triton's
 THREADS = gl.constexpr(288)  # that use one: the eight warps which multiply, and another
@@ -480,7 +480,7 @@ def run(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dro
         describe(v, KEYS.value, tile.BLOCK_D), describe(do, tile.BLOCK_M, tile.BLOCK_D),
         describe_rows(stats, 1), describe_rows(sums, 64),
         describe(dk, KEYS.value, tile.BLOCK_D), describe(dv, KEYS.value, tile.BLOCK_D), tickets, counter(q.device),
-        factor * LOG2E,
+        factor * LOG2E.value,
         tiles, B * Hk, max(1, min(B * Hk, section)), Hk, H // Hk, triton.cdiv(M, tile.BLOCK_M), N,
         left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from triton_attention.launch import launch
-from triton_attention.logits import store_pair
+from triton_attention.logits import LOG2E, store_pair
 from triton_attention.tiles import head_ptr, load_tile, store_tile
 
 
@@ -39,7 +39,7 @@ def _prepare_kernel(
         delta -= tl.load(dlse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
     stats_ptr += tile.to(tl.int64) * 2 * BLOCK_M + tl.arange(0, BLOCK_M)
     blind = lse == float("-inf")
-    tl.store(stats_ptr, tl.where(blind, float("inf"), lse * 1.4426950408889634))
+    tl.store(stats_ptr, tl.where(blind, float("inf"), lse * LOG2E))
     tl.store(stats_ptr + BLOCK_M, tl.where(blind, 0.0, -delta))
     top = tl.where(blind, 0.0, lse)
     store_pair(record_ptr, 2 * (row + offs_m), top, top, offs_m < M)

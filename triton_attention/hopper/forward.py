@@ -45,9 +45,9 @@ from triton_attention.hopper.ptx import (
 from triton_attention.hopper.softmax import LOWEST, along, exponentials, halves, joined, maxima, row_sums
 from triton_attention.hopper.tma import describe, load_async, readable, store_async
 from triton_attention.launch import empty_heads, launch
+from triton_attention.logits import LN2, LOG2E
 from triton_attention.tile_choice import tile_for
 
-LOG2E, LN2 = 1.4426950408889634, gl.constexpr(0.6931471805599453)
 K_FREE, V_FREE = gl.constexpr(8), gl.constexpr(12)  # the first of four named barriers; those below are Triton's
 LONG = 2048  # queries and keys from which D up to 64 takes tiles of three warpgroups; twice as many, if causal
 ENOUGH = 2  # of those tiles a multiprocessor; with fewer, the longest of them leave most of the GPU idle at the end
@@ -466,7 +466,7 @@ def run(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, bloc
         _forward_kernel, min(items, multiprocessors),
         describe(q, ROWS.value, tile.BLOCK_D), describe(k, tile.BLOCK_N, tile.BLOCK_D),
         describe(v, tile.BLOCK_N, tile.BLOCK_D), describe(o, ROWS.value, tile.BLOCK_D),
-        lse, counter(q.device) if banded else log, log, scale * LOG2E,
+        lse, counter(q.device) if banded else log, log, scale * LOG2E.value,
         items, row_tiles, B * H, section_of(B * H, row_tiles, multiprocessors) if banded else 1, H, H // Hk, M, N,
         left or 0, right or 0,
         device=q.device, LEFT=left is not None, RIGHT=right is not None,

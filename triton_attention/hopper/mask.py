@@ -6,7 +6,6 @@ from triton.experimental.gluon import language as gl
 from triton_attention.hopper.ptx import opaque
 
 ROWS = gl.constexpr(64)  # queries of a warpgroup
-LOG2E = gl.constexpr(1.4426950408889634)
 
 
 def edges(left, right):

@@ -18,9 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )
 
-from triton_attention.hopper.mask import LOG2E, ROWS, hide, key_tiles
+from triton_attention.hopper.mask import ROWS, hide, key_tiles
 from triton_attention.hopper.ptx import opaque, program
 from triton_attention.hopper.tma import load_async, store_async
+from triton_attention.logits import LOG2E
 
 
 # ---- the log, kept by the warp that fetches
