@@ -46,7 +46,7 @@ from triton_attention_values import values_op  # noqa: E402
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 PARTS = {  # kernels that a launcher runs besides or instead of one that bears its name
     "_nonzero_kernel": ", NaN repair", "_merge_kernel": ", merge", "_dq_kernel": ", dQ", "_dkdv_kernel": ", dK dV",
-    "_split_kernel": ", parts", "_prepare_kernel": ", before", "_finish_kernel": ", after",
+    "_split_kernel": ", parts", "_preprocess_kernel": ", before", "_postprocess_kernel": ", after",
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -108,11 +108,11 @@ def usage(kernel):
 OWN_BARRIERS = r"\bbar(?:rier)?\.(?:cta\.)?(?:sync|arrive|red)\S*\s+(?:[89]|1[0-5])\b"  # of the Hopper kernels
 
 
-def softmax_beneath(kernel):
-    """Whether in the innermost loops of a Hopper kernel the exponentials are computed while a product is in flight:
-    almost half of them in the forward pass, which waits for it in their middle, three quarters in the backward pass.
-    (ptxas may move the wait up: right results, a third slower. Not where three warpgroups of 128 registers fill the
-    gaps of each other, nor where head dims of 256 have few exponentials.)"""
+def softmax_overlaps(kernel):
+    """Whether in the innermost loops of a Hopper kernel the exponentials overlap a product in flight: almost half of
+    them in the forward pass, which waits for it in their middle, three quarters in the backward pass. (ptxas may move
+    the wait up: right results, a third slower. Not where three warpgroups of 128 registers fill the gaps of each other,
+    nor where head dims of 256 have few exponentials.)"""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", cuobjdump(kernel.asm["cubin"], "--dump-sass"))
     code = [(int(address, 16), text) for address, text in found]
     shares = []
@@ -120,19 +120,19 @@ def softmax_beneath(kernel):
         back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         loop = [t for at, t in code if int(back.group(1), 16) <= at <= end] if back else []
         if sum("BRA" in t for t in loop) < 8 and not any("UTMALDG" in t for t in loop):  # innermost, not the repair
-            beneath, in_flight = [], False
+            overlapped, in_flight = [], False
             for t in loop:
                 if "HGMMA" in t or "DEPBAR.LE gsb0, 0x0" in t:
                     in_flight = "HGMMA" in t
                 elif "MUFU.EX2" in t:
-                    beneath.append(in_flight)
-            shares += [sum(beneath) / len(beneath)] if beneath else []
+                    overlapped.append(in_flight)
+            shares += [sum(overlapped) / len(overlapped)] if overlapped else []
     return bool(shares) and min(shares) >= (0.75 if kernel.metadata.name == "_backward_kernel" else 0.45)
 
 
-def meets(kernel):
-    """Whether the warps that multiply in the Hopper backward meet between dS, once it is fenced, and dQ, which reads
-    what all of them stored (Triton sees to that); and before dK and dV take the places of K and V (the kernel does)."""
+def synchronizes(kernel):
+    """Whether a barrier of all consumer warps in the Hopper backward stands between dS, once it is fenced, and dQ,
+    which reads what all of them stored (Triton's); and before dK and dV overwrite K and V (the kernel's)."""
     steps = {"stmatrix": "S", "fence.proxy.async.shared": "F", "sync": "B", "wgmma.mma_async": "W"}
     step = r"\b(stmatrix|fence\.proxy\.async\.shared|wgmma\.mma_async)|\bbar(?:rier)?\.(?:cta\.)?(sync)\s+0"
     blocks = re.split(r"^\$L\w+:", kernel.asm["ptx"], flags=re.M)  # from a label to the next
@@ -291,9 +291,9 @@ def launches(architecture, quick=False):
         from triton_attention.hopper import backward, forward, scores
 
         for kernels in (forward, backward):
-            kernels.SMALLEST = math.inf  # what is launched below by the names of all GPUs is the plain kernels
+            kernels.MIN_WORK = math.inf  # what is launched below by the names of all GPUs is the plain kernels
         none, scalars = (None,) * 3, (0.125, 0.0, 0.0)
-        for D in (64, 128, 256)[: 3 if forward.WIDEST == 256 else 2]:
+        for D in (64, 128, 256)[: 3 if forward.MAX_HEAD_DIM == 256 else 2]:
             q = torch.zeros(1, 2, 256, D, dtype=torch.bfloat16)
             if D <= 128:
                 yield f"scores on Hopper bfloat16 D{D}", scores.run, (q, q, 0.125, *none, None)
@@ -360,11 +360,11 @@ def rows(name, quick):
             problems = [f"{spills} spills"] if spills and not slow_anyway else []
             problems += [f"shared memory over {SHARED_KIB[name]} KiB"] if shared > SHARED_KIB[name] else []
             overlaps = name_of_kernel in ("_forward_kernel", "_backward_kernel") and "D256" not in label
-            if overlaps and registers > 128 and not softmax_beneath(kernel):
-                problems.append("the exponentials are not beneath a product")
+            if overlaps and registers > 128 and not softmax_overlaps(kernel):
+                problems.append("the exponentials do not overlap a product")
             if name_of_kernel in ("_forward_kernel", "_backward_kernel") and re.search(OWN_BARRIERS, kernel.asm["ptx"]):
                 problems.append("Triton has taken a named barrier of the kernel's own")
-            if name_of_kernel == "_backward_kernel" and not meets(kernel):
+            if name_of_kernel == "_backward_kernel" and not synchronizes(kernel):
                 problems.append("a barrier is missing")
             if "wgmma" in kernel.asm.get("ptx", "") and (strays := stray(kernel)):
                 problems.append(f"{strays} products read by a descriptor of something else")

@@ -1,11 +1,11 @@
-"""A slow Hopper GPU in Python, on which the source of a Gluon kernel runs: for its protocol of barriers and rings.
+"""A slow Hopper GPU in Python, on which the source of a Gluon kernel runs: for its barriers and pipelines.
 
 Gluon has no interpreter. Here a kernel's functions run as plain Python on torch tensors, each partition a thread. What
-the hardware does in its own time happens at the worst: a copy by TMA lands after a random delay, and until then its
-place holds NaN; a wgmma wants its operands from when it is issued to when it is waited for; a store leaves shared
-memory when that is waited for, and reaches memory when another program is told so. A buffer that is released too early,
-or read too soon, is a wrong result or a changed operand, an arrival too many an error, and a wait that nobody ends a
-deadlock that is reported. Rounding, layouts, speed, and warps of a partition that drift apart are not emulated.
+the hardware does asynchronously happens at the worst time: a copy by TMA lands after a random delay, and until then its
+buffer holds NaN; a wgmma needs its operands from when it is issued to when it is waited for; a store leaves shared
+memory when that is waited for, and reaches memory when a semaphore is released. A buffer that is released too early, or
+read too soon, is a wrong result or a changed operand, an arrival too many an error, and a wait without end a deadlock
+that is reported. Rounding, layouts, speed, and warps of a partition that drift apart are not emulated.
 """
 
 import ast
@@ -13,6 +13,7 @@ import random
 import threading
 import time
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
@@ -22,7 +23,7 @@ from triton_attention.logits import LN2, LOG2E
 class Barrier:
     """An mbarrier or, without bytes, a named barrier: a phase ends when all have arrived and all bytes have landed."""
 
-    patience = 60.0  # seconds that a wait may take: then it is a deadlock
+    timeout = 60.0  # seconds that a wait may take: then it is a deadlock
 
     def __init__(self):
         self.changed = threading.Condition()
@@ -42,7 +43,7 @@ class Barrier:
 
     def wait(self, parity):
         with self.changed:
-            done = self.changed.wait_for(lambda: self.broken or self.phase & 1 != parity, self.patience)
+            done = self.changed.wait_for(lambda: self.broken or self.phase & 1 != parity, self.timeout)
             if self.broken:
                 raise AssertionError("an arrival too many")
             if not done:
@@ -95,17 +96,17 @@ class Descriptor:
         *head, start, _ = at
         return self.tensor[tuple(head)][start : start + self.block[0]]
 
-    def load(self, at, barrier, place):
-        place.data.fill_(torch.nan)
+    def load(self, at, barrier, buf):
+        buf.data.fill_(torch.nan)
 
-        def arrive():
+        def land():
             time.sleep(random.choice(self.delays))
             part = self.part(at)
-            place.data.zero_()
-            place.data.view(self.block)[: part.shape[0], : part.shape[1]] = part
+            buf.data.zero_()
+            buf.data.view(self.block)[: part.shape[0], : part.shape[1]] = part
             barrier.update(expected=-self.block_type.nbytes)
 
-        threading.Thread(target=arrive, daemon=True).start()
+        threading.Thread(target=land, daemon=True).start()
 
 
 class Pointer:
@@ -126,57 +127,57 @@ class Product:
     def value(self):
         shared = [x.data for x in self.operands if isinstance(x, Shared)]
         if not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(shared, self.issued, strict=True)):
-            raise AssertionError("an operand changed beneath a wgmma")
+            raise AssertionError("an operand of a wgmma in flight changed")
         a, b, acc = (x.data if isinstance(x, Shared) else x for x in self.operands)
         return acc + a.float() @ b.float()
 
 
 class Program(threading.local):
-    """Who a thread is, how many threads of the GPU the first partition has, and how many this one stands for, the named
-    barriers they use, its stores in flight."""
+    """What belongs to a thread: its program's number, the number of programs, threads of the GPU in the first partition
+    and in this one, named barriers, TMA stores that read shared memory, and those that do not any more."""
 
-    number, size, first, threads, named, stores, landing = 0, 1, 128, 0, None, (), ()
+    number, size, first, threads, named, reading, writing = 0, 1, 128, 0, None, (), ()
 
 
-here = Program()
+current = Program()
 changed = threading.Condition()  # of what is in memory
 
 
 def store_wait(pending):
-    """Stores have left shared memory; where they go to, they arrive later."""
-    here.landing += tuple((desc, at, place.data.clone(), adds) for desc, at, place, adds in here.stores)
-    here.stores = ()
+    """Stores have left shared memory; they reach memory later."""
+    current.writing += tuple((desc, at, buf.data.clone(), adds) for desc, at, buf, adds in current.reading)
+    current.reading = ()
 
 
-def store_async(desc, at, place):
-    here.stores += ((desc, at, place, False),)
+def store_async(desc, at, buf):
+    current.reading += ((desc, at, buf, False),)
 
 
-def add_async(desc, at, place):
-    here.stores += ((desc, at, place, True),)
+def add_async(desc, at, buf):
+    current.reading += ((desc, at, buf, True),)
 
 
-def land():
+def store_wait_complete():
     store_wait(0)
     with changed:
-        for desc, at, data, adds in here.landing:
+        for desc, at, data, adds in current.writing:
             part = desc.part(at)
             data = data.view(desc.block)[: part.shape[0], : part.shape[1]]
             part.copy_(part + data if adds else data)
-    here.landing = ()
+    current.writing = ()
 
 
-def publish(ptr, value):
-    land()
+def semaphore_release(ptr, value):
+    store_wait_complete()
     with changed:
         ptr.data[ptr.offset] = value
         changed.notify_all()
 
 
-def spin_until(ptr, value):
+def semaphore_wait(ptr, value):
     with changed:
-        if not changed.wait_for(lambda: ptr.data[ptr.offset] == value, Barrier.patience):
-            raise AssertionError(f"deadlock: {threading.current_thread().name} waits for its turn")
+        if not changed.wait_for(lambda: ptr.data[ptr.offset] == value, Barrier.timeout):
+            raise AssertionError(f"deadlock: {threading.current_thread().name} waits for a semaphore")
 
 
 def store(ptr, value, mask=None):
@@ -201,7 +202,7 @@ def load_from(ptr, mask=None, other=0):
 
 
 class FirstLane:
-    """A number that the other lanes do not have, until uniform() tells them."""
+    """A number that the other lanes get from uniform()."""
 
     def __init__(self, number):
         self.number = number
@@ -212,14 +213,14 @@ class FirstLane:
     __add__ = __radd__ = __lt__ = __eq__ = __floordiv__ = refuse
 
 
-def take_number(ptr):
+def atomic_increment(ptr):
     with changed:
         ptr.data[ptr.offset] += 1
         return FirstLane(int(ptr.data[ptr.offset]) - 1)
 
 
 class NamedBarriers(dict):
-    """The named barriers of a program, each made when it is first used."""
+    """The named barriers of a program, each initialised by its first use."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -230,37 +231,37 @@ class NamedBarriers(dict):
         self[at].init(at[1])
         return self[at]
 
-    def come(self, at):
+    def arrive(self, at):
         with self.lock:
             barrier = self[at]
         phase = barrier.phase  # which cannot end without this thread
-        barrier.update(arrivals=here.threads)
+        barrier.update(arrivals=current.threads)
         return barrier, phase
 
 
-def arrive_at(number, threads):
-    here.named.come((number, threads))
+def named_barrier_arrive(number, threads):
+    current.named.arrive((number, threads))
 
 
-def meet_at(number, threads):
-    barrier, phase = here.named.come((number, threads))
+def named_barrier_sync(number, threads):
+    barrier, phase = current.named.arrive((number, threads))
     barrier.wait(phase & 1)
 
 
-def together(jobs, named=None):
+def run_threads(jobs, named=None):
     """Run (program number, function, arguments[, threads of the GPU]) each in a thread; raise the first error."""
-    errors, size, first = [], here.size, here.first
+    errors, size, first = [], current.size, current.first
 
-    def work(number, function, args, threads=0):
-        here.number, here.size, here.stores, here.landing = number, size, (), ()
-        here.first, here.threads, here.named = first, threads, named
+    def run(number, function, args, threads=0):
+        current.number, current.size, current.reading, current.writing = number, size, (), ()
+        current.first, current.threads, current.named = first, threads, named
         try:
             function(*args)
-            land()
+            store_wait_complete()
         except Exception as error:  # noqa: BLE001  it is raised again below
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=job, name=f"{job[1].__name__} {i}") for i, job in enumerate(jobs)]
+    threads = [threading.Thread(target=run, args=job, name=f"{job[1].__name__} {i}") for i, job in enumerate(jobs)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -270,9 +271,9 @@ def together(jobs, named=None):
 
 
 def warp_specialize(partitions, warps, registers):
-    threads = [here.first] + [32 * count for count in warps]  # the first partition has the warps of the launch
+    threads = [current.first] + [32 * count for count in warps]  # the first partition has the warps of the launch
     jobs = zip(partitions, threads, strict=True)
-    together([(here.number, function, args, count) for (function, args), count in jobs], NamedBarriers())
+    run_threads([(current.number, function, args, count) for (function, args), count in jobs], NamedBarriers())
 
 
 def allocate(dtype, shape, layout):
@@ -300,10 +301,11 @@ def mma_wait(pending, products):
 
 nothing = lambda *args, **kwargs: None  # noqa: E731  layouts
 LANGUAGE = SimpleNamespace(
-    constexpr=lambda x: x, static_assert=nothing, to_tensor=lambda x: x, static_range=range,
+    constexpr=lambda x: x, tensor=torch.Tensor, shared_memory_descriptor=Shared,
+    static_assert=nothing, to_tensor=lambda x: x, static_range=range,
     float16=torch.float16, float32=torch.float32,
     int8=torch.int8, int32=torch.int32, uint32=torch.int64, int64=torch.int64,
-    program_id=lambda axis: here.number, num_programs=lambda axis: here.size,
+    program_id=lambda axis: current.number, num_programs=lambda axis: current.size,
     minimum=either(torch.fmin, min), maximum=either(torch.fmax, max), where=where,
     zeros=lambda shape, dtype, layout: torch.zeros(shape), zeros_like=torch.zeros_like,
     full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
@@ -319,14 +321,16 @@ LANGUAGE = SimpleNamespace(
 NAMES = {
     "gl": LANGUAGE, "TRITON": (3, 6), "LN2": LN2.value, "LOG2E": LOG2E.value,
     "fence_async_shared": nothing, "store_async": store_async, "add_async": add_async,
-    "publish": publish, "spin_until": spin_until, "inline": lambda asm, x: int(x), "opaque": int,
+    "semaphore_release": semaphore_release, "semaphore_wait": semaphore_wait, "opaque": int,
+    "inline_asm": lambda asm, x: int(x), "NamedTuple": NamedTuple, "atomic_increment": atomic_increment,
     "uniform": lambda x: x.number if isinstance(x, FirstLane) else int(x),
-    "arrive_at": arrive_at, "meet_at": meet_at, "barrier": nothing, "take_number": take_number,
-    "both_first": lambda x: x, "clamp": lambda x: x.nan_to_num(-(2.0**100)).clamp(-(2.0**100), 2.0**100),
-    "along": lambda x, rows: x.unsqueeze(1),
-    "tma": SimpleNamespace(store_wait=store_wait), "written": land, "program": lambda: here.number,
+    "named_barrier_arrive": named_barrier_arrive, "named_barrier_sync": named_barrier_sync, "barrier": nothing,
+    "computed_together": lambda x: x, "clamp": lambda x: x.nan_to_num(-(2.0**100)).clamp(-(2.0**100), 2.0**100),
+    "broadcast_rows": lambda x, tile: x.unsqueeze(1),
+    "tma": SimpleNamespace(store_wait=store_wait), "store_wait_complete": store_wait_complete,
+    "ctaid": lambda: current.number,
     "rescale": lambda x, alpha: x * alpha, "mark_nan": mark_nan,
-    "load_async": lambda desc, at, barrier, place: desc.load(at, barrier, place),
+    "load_async": lambda desc, at, barrier, buf: desc.load(at, barrier, buf),
     "mbarrier": SimpleNamespace(
         MBarrierLayout=lambda: "barrier", init=lambda bar, count: bar.init(count),
         expect=lambda bar, nbytes: bar.update(arrivals=1, expected=nbytes),
@@ -350,14 +354,14 @@ class Casts(ast.NodeTransformer):
 
 
 def load(source):
-    """The kernel's functions and constants, as Python."""
+    """The kernel's functions, types and constants, as Python."""
     names = dict(NAMES)
     body = []
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and any("gluon" in ast.unparse(d) for d in node.decorator_list):
             node.decorator_list = []
             body += [node] if node.name not in names else []
-        elif isinstance(node, ast.Assign) and "gl.constexpr" in ast.unparse(node):
+        elif isinstance(node, ast.ClassDef) or isinstance(node, ast.Assign) and "gl.constexpr" in ast.unparse(node):
             body.append(node)
     exec(compile(ast.fix_missing_locations(Casts().visit(ast.Module(body, []))), "the kernel", "exec"), names)
     return SimpleNamespace(**{name: value for name, value in names.items() if not name.startswith("__")})

@@ -1,10 +1,13 @@
 """Run the Hopper kernels' source on an emulated GPU (emulate_gluon.py): every kind of edge, and planted bugs.
 
+A bug is planted in a line that a comment in the kernel marks, `# mutate: release-k`.
+
     python3 -m tests.emulate_hopper      a minute; says how each planted bug shows
 """
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -14,7 +17,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from tests.emulate_gluon import Barrier, Descriptor, Pointer, here, load, together  # noqa: E402
+from tests.emulate_gluon import Barrier, Descriptor, Pointer, current, load, run_threads  # noqa: E402
 from tests.reference import torch_fused  # noqa: E402
 from triton_attention.hopper import backward as kernels, forward as forward_kernels  # noqa: E402
 from triton_attention.logits import LOG2E  # noqa: E402
@@ -39,13 +42,13 @@ def forward(
         Descriptor(o, 64, block_d),
         Pointer(lse), Pointer(counter), Pointer(log), scale * LOG2E.value,
         items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
-        left is not None, right is not None, forward_kernels.edges(left, right),
-        block_m == block_n and forward_kernels.half(left, right, M, N),
+        left is not None, right is not None, forward_kernels.masks_inner_tiles(left, right),
+        block_m == block_n and forward_kernels.halves_first_tile(left, right, M, N),
         block_m, block_n, block_d, stages, q_stages, 0, 0,
     )
-    here.size, here.first = programs, 128
-    together([(number, kernel._forward_kernel, arguments) for number in range(programs)])
-    assert counter == 0, "the counter is not left as it was found"
+    current.size, current.first = programs, 128
+    run_threads([(number, kernel._forward_kernel, arguments) for number in range(programs)])
+    assert counter == 0, "the counter is not reset"
     return o, lse.view(B, H, M), log.view(-1, 4)
 
 
@@ -57,22 +60,22 @@ def backward(
     kernel = load(source or BACKWARD.read_text())
     (B, H, M), (Hk, N), wide = q.shape[:3], k.shape[1:3], 8192 // block_m
     o, lse = exact(q, *(t.where(t.abs() < 1e30, 0.0) for t in (k, v)), scale, left, right)
-    stats, tickets = kernels.prepare(do, dlse, o, lse, torch.empty(B, H, M, 4), block_m)
-    sums = torch.full((64 * len(tickets), 128), torch.nan)
+    stats, semaphores = kernels.preprocess(do, dlse, o, lse, torch.empty(B, H, M, 4), block_m)
+    dq_accum = torch.full((64 * len(semaphores), 128), torch.nan)
     dq, dk, dv = (torch.full_like(t, torch.nan) for t in (q, k, v))
-    tiles, outer = -(-N // 128), N if left is None and right is None else right
+    column_tiles, outer = -(-N // 128), N if left is None and right is None else right
     counter = torch.zeros(1, dtype=torch.int32)
     arguments = (
         Descriptor(q, block_m, wide), Descriptor(k, 128, wide), Descriptor(v, 128, wide), Descriptor(do, block_m, wide),
-        Descriptor(stats, 1, 2 * block_m), Descriptor(sums, 64, 128), Descriptor(dk, 128, wide),
-        Descriptor(dv, 128, wide), Pointer(tickets), Pointer(counter), scale * LOG2E.value,
-        tiles, B * Hk, section, Hk, H // Hk, -(-M // block_m), N, left or 0, outer or 0,
+        Descriptor(stats, 1, 2 * block_m), Descriptor(dq_accum, 64, 128), Descriptor(dk, 128, wide),
+        Descriptor(dv, 128, wide), Pointer(semaphores), Pointer(counter), scale * LOG2E.value,
+        column_tiles, B * Hk, section, Hk, H // Hk, -(-M // block_m), N, left or 0, outer or 0,
         left is not None, outer is not None, block_m, wide, stages, dq_stages, 0,
     )
-    here.size, here.first = programs, 256
-    together([(number, kernel._backward_kernel, arguments) for number in range(programs)])
-    assert counter == 0, "the counter is not left as it was found"
-    kernels.finish(sums, dq, N, scale, left, right, block_m)
+    current.size, current.first = programs, 256
+    run_threads([(number, kernel._backward_kernel, arguments) for number in range(programs)])
+    assert counter == 0, "the counter is not reset"
+    kernels.postprocess(dq_accum, dq, N, scale, left, right, block_m)
     return o, lse, dq, dk, dv
 
 
@@ -130,95 +133,79 @@ CASES = [
 _BACK = {"back": True, "block_m": 64, "right": 300}
 _BANDED, _FULL = {"left": -60, "right": 10, "block_m": 192}, {"programs": 1}
 _SHORT = {"right": -200, "stages": 3, "programs": 1}  # a tile of keys for each of queries
-BUGS = {  # name: (what is there, what a tired author writes, a case that shows it)
-    "K released before it was read": (
-        "s = warpgroup_mma_wait(1, [s_token])\n            _release(count, K_FREE, STAGES, WARPGROUPS)",
-        "_release(count, K_FREE, STAGES, WARPGROUPS)\n            s = warpgroup_mma_wait(1, [s_token])", _FULL,
+DROP, EARLIER = (r"\S.*", "pass"), None
+BUGS = {  # name: (mark of a line in the kernel, what is done to it (see plant), a case that shows it)
+    "K released before it was read": ("release-k", EARLIER, _FULL),
+    "V released while P V is in flight": ("release-v", EARLIER, _FULL),
+    "V not waited for": ("wait-v", DROP, _FULL),
+    "K not waited for": ("wait-k", DROP, _FULL),
+    "tiles that no query sees not released": ("skip", DROP, _BANDED),
+    "O overwritten while it is stored": ("wait-o", DROP, _FULL),
+    "the next Q loaded too early": ("wait-q-empty", DROP, _SHORT),
+    "the phase of every second Q": ("wait-q-full", (r" // config\.Q_STAGES", ""), _FULL),
+    "the end not scheduled": ("end", DROP, _FULL),
+    "K and V overwritten": ("acquire", DROP, _FULL),
+    "V not released at the start": ("init-v", DROP, _FULL),
+    "the last V not released": ("release-last-v", DROP, _FULL),
+    "Q loaded over O that is being stored": ("wait-o-in-q", DROP, {"block_d": 256, "programs": 1}),
+    "the counter not reset": ("reset", (r"ptr, 0", "ptr, 1"), _BANDED),
+    "a number that only the first lane has": ("uniform", DROP, _BANDED),
+    "rows that have seen no key not told apart": ("lowest", (r"LOWEST", 'float("-inf")'), {"left": 125}),
+    "keys that come first and score -inf": ("lowest", (r"LOWEST", 'float("-inf")'), {"infinite": True}),
+    "half a tile for all warpgroups": ("half", (r" and WARPGROUP == 0", ""), {"right": 0}),
+    "halves of the weights exchanged": ("join", (r"\(p_0, (exponentials\(.*?\))\)", r"(\1, p_0)"), {"right": 0}),
+    "the next tile awaited before O has left": (
+        "prefetch", (r" and config\.Q_STAGES == 2", ""), {"block_d": 256, "right": 0},
     ),
-    "V released while P V is in flight": (
-        "acc = warpgroup_mma_wait(0, [o_token])\n            _release(count - 2, V_FREE, STAGES, WARPGROUPS)",
-        "_release(count - 2, V_FREE, STAGES, WARPGROUPS)\n            acc = warpgroup_mma_wait(0, [o_token])", _FULL,
-    ),
-    "V not waited for": ("            _await(v_full, count - 1, STAGES)\n", "", _FULL),
-    "K not waited for": ("_await(k_full, count, STAGES, step < own_last - own_first)", "pass", _FULL),
-    "tiles that none sees not released": (
-        "            count = _skip(last - own_last, count, k_full, v_full, STAGES, WARPGROUPS)\n", "", _BANDED,
-    ),
-    "O overwritten while it is stored": ("        tma.store_wait(0)  # the tile before has left o_buf\n", "", _FULL),
-    "the next Q loaded too early": (
-        "mbarrier.wait(q_empty.index(place * WARPGROUPS + w), (turn // Q_STAGES & 1) ^ 1)", "pass", _SHORT,
-    ),
-    "the phase of every second Q": ("turn // Q_STAGES & 1)\n    return", "turn & 1)\n    return", _FULL),
-    "no end announced": ("mbarrier.arrive(q_full.index(slot), count=1)", "pass", _FULL),
-    "K and V overwritten": ("    meet_at(FREE + slot, 128 * WARPGROUPS + 32)\n", "", _FULL),
-    "V free from the start, but not said so": ("        _release(slot, V_FREE, STAGES, WARPGROUPS)\n", "", _FULL),
-    "the last V kept": (
-        "        _release(count - 1, V_FREE, STAGES, WARPGROUPS)\n        if BANDED", "        if BANDED", _FULL,
-    ),
-    "Q loaded over O that is still to leave": (
-        "            tma.store_wait(0)\n            mbarrier.arrive(q_empty", "            mbarrier.arrive(q_empty",
-        {"block_d": 256, "programs": 1},
-    ),
-    "the counter not left as it was": ("gl.store(counter_ptr, 0,", "gl.store(counter_ptr, 1,", _BANDED),
-    "a number that only one lane has": ("            taken = uniform(taken)\n", "", _BANDED),
-    "rows that have seen nothing not told apart": (
-        "[ROWS], LOWEST, gl.float32", '[ROWS], float("-inf"), gl.float32', {"left": 125},
-    ),
-    "keys that come first and score -inf": (
-        "[ROWS], LOWEST, gl.float32", '[ROWS], float("-inf"), gl.float32', {"infinite": True},
-    ),
-    "half a tile for all warpgroups": ("if HALF and WARPGROUP == 0:", "if HALF:", {"right": 0}),
-    "halves of the weights exchanged": (
-        "joined(p_0, exponentials(s_1, m_i, scale))", "joined(exponentials(s_1, m_i, scale), p_0)", {"right": 0},
-    ),
-    "the next tile read before O has left": (
-        "EARLY: gl.constexpr = BANDED and Q_STAGES == 2", "EARLY: gl.constexpr = BANDED", {"block_d": 256, "right": 0},
-    ),
-    "last queries first forgotten": ("by = uniform(gl.where(up, -BLOCK_M, BLOCK_M))", "by = BLOCK_M", _BACK),
-    "Q released while dK is in flight": (
-        "dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])\n            arrive_at(FREE + slot, THREADS)",
-        "arrive_at(FREE + slot, THREADS)\n            dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])",
-        _BACK,
-    ),
-    "dO not waited for": ("            mbarrier.wait(do_full.index(slot), total // STAGES & 1)\n", "", _BACK),
-    "the next Q not waited for": ("step + 1 < steps)\n", "False)\n", _BACK),
-    "Q overwritten": ("meet_at(FREE + slot, THREADS)", "pass", _BACK),
-    "dQ overwritten while it is added": (
-        "mbarrier.wait(dq_empty.index(slot), (total // DQ_STAGES & 1) ^ 1)", "pass", {**_BACK, "programs": 8},
-    ),
-    "dQ added before it is there": ("meet_at(DQ_FULL + slot, THREADS)", "pass", _BACK),
-    "dQ added out of turn": ("mbarrier.wait(come.index(total % 2), total // 2 & 1)", "pass", {**_BACK, "programs": 8}),
-    "turns counted from the wrong end": ("gl.where(up, tile_n, last - tile_n)", "last - tile_n", _BACK),
-    "the turn not passed on": ("publish(tickets_ptr + tile, before + 1)", "pass", _BACK),
-    "K loaded over dK that is still to leave": (
-        "v_buf)\n    store_async(dk_desc, [off_b, off_hk, start_n, 0], k_buf)\n    tma.store_wait(0)",
-        "v_buf)\n    store_async(dk_desc, [off_b, off_hk, start_n, 0], k_buf)", _BACK,
-    ),
-    "no end told": ("    _announce(-1, told, turn)\n", "", _BACK),
-    "the counter of the backward not left as it was": ("gl.store(counter_ptr, 0,", "gl.store(counter_ptr, 1,", _BACK),
+    "last queries first forgotten": ("stride", DROP, _BACK),
+    "Q released while dK is in flight": ("release-q", EARLIER, _BACK),
+    "dO not waited for": ("wait-do", DROP, _BACK),
+    "the next Q not waited for": ("wait-q", DROP, _BACK),
+    "Q overwritten": ("acquire-q", DROP, _BACK),
+    "dQ overwritten while it is added": ("wait-dq-empty", DROP, {**_BACK, "programs": 8}),
+    "dQ added before it is computed": ("wait-dq-full", DROP, _BACK),
+    "dQ added before its predecessors": ("wait-ready", DROP, {**_BACK, "programs": 8}),
+    "predecessors counted from the wrong end": ("predecessors", (r"gl\.where.*", "last - keys.tile_n"), _BACK),
+    "the semaphore not released": ("release-semaphore", DROP, _BACK),
+    "K loaded over dK that is being stored": ("wait-dk", DROP, _BACK),
+    "the end of the backward not scheduled": ("end", DROP, _BACK),
+    "the counter of the backward not reset": ("reset", (r"ptr, 0", "ptr, 1"), _BACK),
     "huge keys that no query sees": (
-        "buf.store(clamp(buf.load(layout)))", "x = buf.load(layout); buf.store(gl.where(gl.abs(x) < 3e38, x, 0.0))",
-        {**_BACK, "right": 0, "hidden": 2e38},
+        "clamp", (r"clamp\((.*)\)\)", r"gl.where(gl.abs(\1) < 3e38, \1, 0.0))"), {**_BACK, "right": 0, "hidden": 2e38},
     ),
-    "dK stored before it is there": ("mbarrier.wait(finished, turn & 1)", "pass", _BACK),
+    "dK stored before it is computed": ("wait-grads", DROP, _BACK),
 }
+
+
+def plant(source, mark, change):
+    """The source with a change in the line whose comment is `mutate: mark`: a regular expression and what replaces the
+    first match, or None, which moves the line before the one above it."""
+    lines = source.splitlines(keepends=True)
+    marked = [i for i, line in enumerate(lines) if line.endswith(f"# mutate: {mark}\n")]
+    if len(marked) != 1:
+        raise ValueError(f"{len(marked)} lines are marked {mark}")
+    at, = marked
+    if change is None:
+        lines[at - 1 : at + 1] = lines[at], lines[at - 1]
+    else:
+        lines[at] = re.sub(*change, lines[at], count=1)
+    if "".join(lines) == source:
+        raise ValueError(f"{mark}: nothing to change")
+    return "".join(lines)
 
 
 def notices(bug):
     """How the emulation shows a planted bug: None if it does not."""
-    right, wrong, case = BUGS[bug]
-    path = BACKWARD if case.get("back") else FORWARD
-    source = path.read_text()
-    if source.count(right) != 1:
-        raise ValueError(f"{path.name} has changed: plant this bug anew: {bug}")
-    usual = Barrier.patience, Descriptor.delays
-    Barrier.patience, Descriptor.delays = 1.0, (0, 1e-3, 5e-2)
+    mark, change, case = BUGS[bug]
+    source = (BACKWARD if case.get("back") else FORWARD).read_text()
+    usual = Barrier.timeout, Descriptor.delays
+    Barrier.timeout, Descriptor.delays = 1.0, (0, 1e-3, 5e-2)
     try:
-        return None if check(source.replace(right, wrong), **case) else "a wrong result"
+        return None if check(plant(source, mark, change), **case) else "a wrong result"
     except AssertionError as error:
         return str(error)
     finally:
-        Barrier.patience, Descriptor.delays = usual
+        Barrier.timeout, Descriptor.delays = usual
 
 
 if __name__ == "__main__":

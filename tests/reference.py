@@ -226,7 +226,7 @@ def hopper_kernels(choice):
         if choice == "always":
             for name in ("scores", "forward", "backward"):
                 kernels = operators.hopper_kernels(name, DEVICE)
-                for limit in ("SMALLEST", "FEWEST"):
+                for limit in ("MIN_WORK", "MIN_WAVES"):
                     if hasattr(kernels, limit):
                         patch.setattr(kernels, limit, 0)
         yield

@@ -407,9 +407,9 @@ def test_hopper_edges():
     """No mask and half a first tile only where 64 queries, counted one by one, need no more."""
     kernels, seen = forward, set()
     for M, N, right in itertools.product((64, 100, 300, 640), (1, 64, 128, 300, 640), range(-300, 301, 4)):
-        if kernels.edges(None, right):
+        if kernels.masks_inner_tiles(None, right):
             continue
-        half = kernels.half(None, right, M, N)
+        half = kernels.halves_first_tile(None, right, M, N)
         seen.add(half)
         for start in range(0, M, 64):
             last = [min(N - 1, m + right) for m in range(start, start + 64)]  # keys that its queries see
@@ -417,7 +417,7 @@ def test_hopper_edges():
                 tile = max(last[-1], 0) // size
                 assert last[-1] < 0 or all(n >= tile * size for n in last)
             assert not half or start % 128 or last[-1] < tile * 128 + 64
-    assert seen == {False, True} and kernels.edges(0, 0) and not kernels.half(0, 0, 64, 64)
+    assert seen == {False, True} and kernels.masks_inner_tiles(0, 0) and not kernels.halves_first_tile(0, 0, 64, 64)
 
 
 def test_hopper_sections():
@@ -455,12 +455,12 @@ def test_hopper_repair(left, right, block_m, block_d):
 )
 def test_gpu_fused_hopper(D, Dv, long, monkeypatch):
     used = []
-    for name in ("LONG", "ENOUGH"):
+    for name in ("LONG", "LONG_WAVES"):
         monkeypatch.setattr(hopper_kernels("forward", DEVICE), name, long)
     for name in ("forward", "backward"):
         kernels = hopper_kernels(name, DEVICE)
-        monkeypatch.setattr(kernels, "SMALLEST", 0)
-        monkeypatch.setattr(kernels, "FEWEST", 0)
+        monkeypatch.setattr(kernels, "MIN_WORK", 0)
+        monkeypatch.setattr(kernels, "MIN_WAVES", 0)
         run = kernels.run
         monkeypatch.setattr(kernels, "run", lambda *args, name=name, run=run: used.append(name) or run(*args))
     monkeypatch.setattr(replay, "_records", {})
@@ -500,7 +500,7 @@ def test_gpu_fused_hopper_gradients(D, monkeypatch):
     """Many programs add to a dQ, in order; an expanded gradient, a misaligned one; sinks; NaN in hidden keys."""
     kernels, used = hopper_kernels("backward", DEVICE), []
     run = kernels.run
-    monkeypatch.setattr(kernels, "FEWEST", 0)
+    monkeypatch.setattr(kernels, "MIN_WAVES", 0)
     monkeypatch.setattr(kernels, "L2", 1 << 23)  # several sections of heads, of which the last is unlike the others
     monkeypatch.setattr(kernels, "run", lambda *args: used.append(args) or run(*args))
     q, k, v = (torch.randn(2, 16, 1500, D, device=DEVICE, dtype=BF16, requires_grad=True) for _ in range(3))
@@ -534,7 +534,7 @@ def test_gpu_fused_hopper_gradients(D, monkeypatch):
 def test_gpu_hopper_infinite_and_huge_keys(D, monkeypatch):
     """Keys that score -inf fill the tiles that come first; keys that no query sees hold huge numbers, inf and NaN."""
     for name in ("forward", "backward"):
-        for limit in ("SMALLEST", "FEWEST"):
+        for limit in ("MIN_WORK", "MIN_WAVES"):
             monkeypatch.setattr(hopper_kernels(name, DEVICE), limit, 0)
     q, k, v = (torch.randn(1, 4, n, D, device=DEVICE, dtype=BF16) for n in (700, 900, 900))
     infinite, positive = k.clone(), q.clone()

@@ -19,7 +19,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     SPAN: int = 8  # tiles of keys that one program walks (scores, dscores): hides the load of q, fills the GPU evenly
-    # (fused backward hopper: places in shared memory for dQ)
+    # (fused backward hopper: stages of dQ in shared memory)
     registers: int | None = None  # a thread has at most, where that is not left to the compiler
 
 

@@ -1,7 +1,7 @@
 """Before and after the Hopper backward (backward.py): what a query needs of its own.
 
-    before    lse, delta = sum(O dO)    ->  a row for each tile of queries, to be fetched by TMA with its Q; semaphores
-    after     sums of the parts of dQ   ->  dQ, from the order of registers to rows
+    preprocess     lse, delta = sum(O dO)   ->  a row for each tile of queries, loaded by TMA with its Q; semaphores
+    postprocess    accumulated dQ           ->  dQ, from the order of registers to rows
 
 Both are limited by memory.
 """
@@ -17,13 +17,13 @@ from triton_attention.tiles import head_ptr, load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["H", "M", "row_tiles"])
-def _prepare_kernel(
+def _preprocess_kernel(
     do_ptr, stride_gb, stride_gh, stride_gm, stride_gd, o_ptr, stride_ob, stride_oh, stride_om, stride_od,
-    lse_ptr, dlse_ptr, record_ptr, stats_ptr, tickets_ptr, H, M, row_tiles,
+    lse_ptr, dlse_ptr, record_ptr, stats_ptr, semaphores_ptr, H, M, row_tiles,
     DV: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """For each tile of queries: lse of base 2, +inf where no key is seen (P = 0 there), and -delta; its ticket, 0; and
-    the record, see load_record, in which the gradient of sinks finds delta."""
+    """For each tile of queries: lse of base 2, +inf where no key is seen (P = 0 there), and -delta; its
+    semaphore, 0; and the record, see load_record, in which the gradient of sinks finds delta."""
     tile = tl.program_id(0)
     head, start_m = tile // row_tiles, tile % row_tiles * BLOCK_M
     off_b, off_h = head // H, head % H
@@ -44,15 +44,15 @@ def _prepare_kernel(
     top = tl.where(blind, 0.0, lse)
     store_pair(record_ptr, 2 * (row + offs_m), top, top, offs_m < M)
     store_pair(record_ptr, 2 * (row + offs_m) + 1, delta, tl.zeros_like(delta), offs_m < M)
-    tl.store(tickets_ptr + tile, 0)
+    tl.store(semaphores_ptr + tile, 0)
 
 
 @triton.jit(do_not_specialize=["scale", "H", "M", "N", "row_tiles", "left", "right"])
-def _finish_kernel(
-    sum_ptr, dq_ptr, stride_rb, stride_rh, stride_rm, stride_rd, scale, H, M, N, row_tiles, left, right,
+def _postprocess_kernel(
+    dq_accum_ptr, dq_ptr, stride_rb, stride_rh, stride_rm, stride_rd, scale, H, M, N, row_tiles, left, right,
     D: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
-    """dQ = scale * the sum, from the order of registers to rows; 0 where a tile of queries sees no keys."""
+    """dQ = scale * the accumulated, from the order of registers to rows; 0 where a tile of queries sees no keys."""
     tile = tl.program_id(0)
     head, start_m = tile // row_tiles, tile % row_tiles * BLOCK_M
     dq_ptr = head_ptr(dq_ptr, stride_rb, stride_rh, head // H, head % H)
@@ -65,33 +65,34 @@ def _finish_kernel(
     for w in tl.static_range(2):
         offs = tile.to(tl.int64) * 8192 + w * 4096 + tl.arange(0, 4096)
         mask = tl.where(seen, offs >= 0, offs < 0)  # all or none: Triton 3.9's interpreter takes no & with a number
-        x = tl.load(sum_ptr + offs, mask=mask, other=0.0) * scale
+        x = tl.load(dq_accum_ptr + offs, mask=mask, other=0.0) * scale
         x = tl.reshape(tl.permute(tl.reshape(x, [8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5]), [64, 64])
         rows, columns = (0, w * 64) if BLOCK_M == 64 else (w * 64, 0)
         offs_m, offs_d = start_m + rows + tl.arange(0, 64), columns + tl.arange(0, 64)
         store_tile(dq_ptr, (stride_rm, stride_rd), (M, D), offs_m, offs_d, x)
 
 
-def prepare(do, dlse, o, lse, record, block_m):
-    """(stats, tickets) of the queries, a row for each tile of them; fills record."""
+def preprocess(do, dlse, o, lse, record, block_m):
+    """(stats, semaphores) of the queries, a row for each tile of them; fills record."""
     B, H, M, DV = o.shape
     row_tiles = triton.cdiv(M, block_m)
     stats = lse.new_empty(B * H * row_tiles, 2 * block_m)
-    tickets = lse.new_empty(B * H * row_tiles, dtype=torch.int32)
+    semaphores = lse.new_empty(B * H * row_tiles, dtype=torch.int32)
     launch(
-        _prepare_kernel, B * H * row_tiles,
-        do, *do.stride(), o, *o.stride(), lse, dlse, record, stats, tickets, H, M, row_tiles, device=o.device,
+        _preprocess_kernel, B * H * row_tiles,
+        do, *do.stride(), o, *o.stride(), lse, dlse, record, stats, semaphores, H, M, row_tiles, device=o.device,
         DV=int(DV), HAS_DLSE=dlse is not None, BLOCK_M=block_m, BLOCK_DV=max(16, triton.next_power_of_2(DV)),
         num_warps=4,
     )
-    return stats, tickets
+    return stats, semaphores
 
 
-def finish(sums, dq, N, scale, left, right, block_m):
-    """Fill dq from the sums of its parts."""
+def postprocess(dq_accum, dq, N, scale, left, right, block_m):
+    """Fill dq from what was accumulated."""
     B, H, M, D = dq.shape
     row_tiles = triton.cdiv(M, block_m)
     launch(
-        _finish_kernel, B * H * row_tiles, sums, dq, *dq.stride(), scale, H, M, N, row_tiles, left or 0, right or 0,
+        _postprocess_kernel, B * H * row_tiles,
+        dq_accum, dq, *dq.stride(), scale, H, M, N, row_tiles, left or 0, right or 0,
         device=dq.device, D=int(D), LEFT=left is not None, RIGHT=right is not None, BLOCK_M=block_m, num_warps=4,
     )

@@ -8,14 +8,14 @@ exponentials, and those for tensor cores. Here the scores of the next keys are i
                              softmax 4 |  softmax 3 |  softmax 2    the other units, overlapped
     consumer warpgroup 1  the same for the next 64 queries, K and V shared
 
-Persistent: a program per multiprocessor takes one tile of queries after the other, the next Q and first K prefetched
-during the epilogue of the last. Causal tiles differ in length: the longest come first, and the producer draws the next
-from a counter, four tiles of keys before it is needed.
+Persistent: a program per multiprocessor takes one work item after the other, a tile of queries each; the next Q and
+first K are prefetched during the epilogue. Causal tiles differ in length: the longest come first, and the producer is
+the tile scheduler, which draws the next item from a counter in memory, four tiles of keys before it is needed.
 
 Invariants
-    keys are walked from the last to the first: the diagonal is at the end, and only there a tile pays for a mask;
+    keys are visited from the last to the first: the diagonal is at the end, and only there a tile pays for a mask;
     each warpgroup has bounds of its own, and releases stages unread that none of its queries sees;
-    a stage is released at a named barrier, where a warp arrives and goes on;
+    a stage is released at a named barrier, where a warp arrives without waiting for its warpgroup;
     maxima start with the least finite number, so that no tile needs a test for rows that have seen no key yet;
     O is rescaled only where the exponentials of a row have outgrown its maximum by a factor of 256;
     the counter is left at zero for the next launch, and NaN in hidden values is repaired within (nan_repair.py).
@@ -26,6 +26,7 @@ lower-level language: layouts, barriers and copies are explicit.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -37,326 +38,384 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )
 
-from triton_attention.hopper.mask import ROWS, edges, half, hide, key_tiles
-from triton_attention.hopper.nan_repair import close_log, open_log, repair, write_down
+from triton_attention.hopper.mask import ROWS, halves_first_tile, key_tiles, mask_scores, masks_inner_tiles
+from triton_attention.hopper.nan_repair import RepairBuffers, append_tile, finish_log, init_log, repair
 from triton_attention.hopper.ptx import (
-    arrive_at, inline, mark_nan, meet_at, opaque, program, rescale, take_number, uniform, written,
+    atomic_increment, ctaid, inline_asm, mark_nan, named_barrier_arrive, named_barrier_sync, opaque, rescale,
+    store_wait_complete, uniform,
 )
-from triton_attention.hopper.softmax import LOWEST, along, exponentials, halves, joined, maxima, row_sums
-from triton_attention.hopper.tma import describe, load_async, readable, store_async
+from triton_attention.hopper.softmax import (
+    LOWEST, broadcast_rows, exponentials, join_columns, partial_sums, running_max, split_columns,
+)
+from triton_attention.hopper.tma import addressable, load_async, store_async, tile_descriptor
 from triton_attention.launch import empty_heads, launch
 from triton_attention.logits import LN2, LOG2E
 from triton_attention.tile_choice import tile_for
 
-K_FREE, V_FREE = gl.constexpr(8), gl.constexpr(12)  # the first of four named barriers; those below are Triton's
+K_EMPTY, V_EMPTY = gl.constexpr(8), gl.constexpr(12)  # the first of four named barriers; those below are Triton's
+MIN_WORK = 1 << 31  # floating-point operations from which the kernel is worth its descriptors
+MIN_WAVES = 0.48  # tiles of 128 queries a multiprocessor; with fewer, the plain kernel splits the keys
+MAX_HEAD_DIM = 256 if TRITON < (3, 9) else 128  # wider ones with a mask spill with the ptxas of Triton 3.9
 LONG = 2048  # queries and keys from which D up to 64 takes tiles of three warpgroups; twice as many, if causal
-ENOUGH = 2  # of those tiles a multiprocessor; with fewer, the longest of them leave most of the GPU idle at the end
-SMALLEST = 1 << 31  # floating-point operations from which the kernel is worth its descriptors
-WIDEST = 256 if TRITON < (3, 9) else 128  # head dim; wider ones with a mask spill with the ptxas of Triton 3.9
-FEWEST = 0.48  # tiles of 128 queries a multiprocessor; with fewer, the plain kernel splits the keys
+LONG_WAVES = 2  # of those tiles a multiprocessor; with fewer, the longest of them leave most of the GPU idle at the end
+
+
+class Config(NamedTuple):
+    """Constants of a build. INNER_MASK, HALF_FIRST: see masks_inner_tiles() and halves_first_tile()."""
+
+    LEFT: gl.constexpr
+    RIGHT: gl.constexpr
+    INNER_MASK: gl.constexpr
+    HALF_FIRST: gl.constexpr
+    BLOCK_M: gl.constexpr
+    BLOCK_N: gl.constexpr
+    BLOCK_D: gl.constexpr
+    STAGES: gl.constexpr  # of K and V
+    Q_STAGES: gl.constexpr  # of Q; 1: O is stored from the buffers of Q
+    WARPGROUPS: gl.constexpr  # of consumers
+
+
+class Work(NamedTuple):
+    """The work items, a tile of queries each, and what there is to attend to."""
+
+    items: gl.tensor
+    row_tiles: gl.tensor  # of a head
+    heads: gl.tensor  # of all batches
+    section: gl.tensor  # heads that are worked on together
+    H: gl.tensor
+    GROUP: gl.tensor
+    M: gl.tensor
+    N: gl.tensor
+    left: gl.tensor
+    right: gl.tensor
+
+
+class QueryTile(NamedTuple):
+    off_b: gl.tensor
+    off_h: gl.tensor
+    start_m: gl.tensor  # -1 after the last
+
+
+class Stages(NamedTuple):
+    """Buffers that TMA fills, and an mbarrier for each."""
+
+    bufs: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+
+
+class Pipeline(NamedTuple):
+    """From the producer to the consumers. Number i of a tensor is in stage i % STAGES, in phase i // STAGES of its
+    barriers; of Q, a stage has a buffer for each warpgroup, and the coordinates of its tile."""
+
+    q: Stages
+    q_empty: gl.shared_memory_descriptor
+    coordinates: gl.shared_memory_descriptor
+    k: Stages
+    v: Stages
+
+
+class Output(NamedTuple):
+    desc: gl.tensor
+    bufs: gl.shared_memory_descriptor
+    lse_ptr: gl.tensor
+    log_ptr: gl.tensor  # see nan_repair.py
 
 
 # ---- which tile of queries
 
 
 @gluon.jit
-def _place(item, row_tiles, heads, section, H, BANDED: gl.constexpr, BLOCK_M: gl.constexpr):
-    """(off_b, off_h, start_m) of an item of the list. BANDED: the longest first, over a section of heads at a time."""
-    if BANDED:
-        whole = item // (row_tiles * section) * section
-        rest = item - whole * row_tiles
-        wide = gl.maximum(gl.minimum(section, heads - whole), 1)  # 1: past the end of the list
-        head, tile = whole + rest % wide, row_tiles - 1 - rest // wide
+def _query_tile(item, work, config: gl.constexpr):
+    """The tile of a work item. With a mask the longest come first, over a section of heads at a time."""
+    if config.LEFT or config.RIGHT:
+        first_head = item // (work.row_tiles * work.section) * work.section
+        item_in_section = item - first_head * work.row_tiles
+        heads = gl.maximum(gl.minimum(work.section, work.heads - first_head), 1)  # 1: past the end of the list
+        head, tile = first_head + item_in_section % heads, work.row_tiles - 1 - item_in_section // heads
     else:
-        head, tile = item // row_tiles, item % row_tiles
-    return head // H, head % H, tile * BLOCK_M
+        head, tile = item // work.row_tiles, item % work.row_tiles
+    return QueryTile(head // work.H, head % work.H, tile * config.BLOCK_M)
 
 
-# ---- rings: slot `count % STAGES` of shared memory; its barrier `full`, in the phase of count // STAGES; and a named
-# barrier of the hardware, at which the warpgroups say that it is free, without waiting for each other
+# ---- the pipeline of K and V: a stage is full at an mbarrier, and empty at a named barrier of the hardware, where the
+# warpgroups arrive without waiting for each other
 
 
 @gluon.jit
-def _slot(count, STAGES: gl.constexpr):
+def _stage(count, STAGES: gl.constexpr):
     """count % STAGES, without the instructions for negative ones."""
     return (gl.to_tensor(count).to(gl.uint32) % STAGES).to(gl.int32)
 
 
 @gluon.jit
-def _put(
-    desc, off_b, off_h, start, bufs, full, count, FREE: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr
-):
-    slot = _slot(count, STAGES)
-    meet_at(FREE + slot, 128 * WARPGROUPS + 32)
-    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
-    load_async(desc, [off_b, off_h, start, 0], full.index(slot), bufs.index(slot))
+def _producer_load(desc, off_b, off_h, start_n, stages, count, EMPTY: gl.constexpr, config: gl.constexpr):
+    stage = _stage(count, config.STAGES)
+    named_barrier_sync(EMPTY + stage, 128 * config.WARPGROUPS + 32)  # mutate: acquire
+    mbarrier.expect(stages.full.index(stage), desc.block_type.nbytes)
+    load_async(desc, [off_b, off_h, start_n, 0], stages.full.index(stage), stages.bufs.index(stage))
 
 
 @gluon.jit
-def _await(full, count, STAGES: gl.constexpr, wanted=True):
-    phase = (count.to(gl.uint32) // STAGES & 1).to(gl.int32)
-    mbarrier.wait(full.index(_slot(count, STAGES)), phase, pred=wanted)
+def _consumer_wait(stages, count, config: gl.constexpr, pred=True):
+    phase = (count.to(gl.uint32) // config.STAGES & 1).to(gl.int32)
+    mbarrier.wait(stages.full.index(_stage(count, config.STAGES)), phase, pred=pred)
 
 
 @gluon.jit
-def _release(count, FREE: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr):
-    arrive_at(FREE + _slot(count, STAGES), 128 * WARPGROUPS + 32)
+def _consumer_tile(stages, count, config: gl.constexpr):
+    return stages.bufs.index(_stage(count, config.STAGES)).reshape([config.BLOCK_N, config.BLOCK_D])
 
 
 @gluon.jit
-def _skip(tiles, count, k_full, v_full, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr):
+def _consumer_release(count, EMPTY: gl.constexpr, config: gl.constexpr):
+    named_barrier_arrive(EMPTY + _stage(count, config.STAGES), 128 * config.WARPGROUPS + 32)
+
+
+@gluon.jit
+def _consumer_skip(tiles, pipe, count, config: gl.constexpr):
     """Release K and V of some tiles unread."""
     for _ in range(tiles):
-        _await(k_full, count, STAGES)
-        _release(count, K_FREE, STAGES, WARPGROUPS)
-        _await(v_full, count, STAGES)
-        _release(count, V_FREE, STAGES, WARPGROUPS)
+        _consumer_wait(pipe.k, count, config)
+        _consumer_release(count, K_EMPTY, config)
+        _consumer_wait(pipe.v, count, config)
+        _consumer_release(count, V_EMPTY, config)
         count += 1
     return count
 
 
-# ---- the warp that fetches
+# ---- the producer warp
 
 
 @gluon.jit
-def _offer(
-    q_desc, off_b, off_h, start_m, more, q_bufs, q_full, q_empty, tickets, turn,
-    Q_STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
-):
-    """Write which tile of queries is next, or that there is none if not `more`, where the warpgroups find it, once they
-    have left the place; and fetch its Q."""
-    place = turn % Q_STAGES
-    for w in gl.static_range(WARPGROUPS):
-        mbarrier.wait(q_empty.index(place * WARPGROUPS + w), (turn // Q_STAGES & 1) ^ 1)
+def _producer_schedule(q_desc, tile, more, pipe, tile_count, config: gl.constexpr):
+    """Pass the next tile of queries to the consumers, or that there is none if not `more`, once they have released its
+    stage; and load its Q."""
+    stage = tile_count % config.Q_STAGES
+    for w in gl.static_range(config.WARPGROUPS):
+        i = stage * config.WARPGROUPS + w
+        mbarrier.wait(pipe.q_empty.index(i), (tile_count // config.Q_STAGES & 1) ^ 1)  # mutate: wait-q-empty
     zero = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-    tickets.index(place * 3).store(zero + off_b)
-    tickets.index(place * 3 + 1).store(zero + off_h)
-    tickets.index(place * 3 + 2).store(zero + gl.where(more, start_m, -1))
-    inline("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", 0)
-    for w in gl.static_range(WARPGROUPS):
-        slot = place * WARPGROUPS + w
+    pipe.coordinates.index(stage * 3).store(zero + tile.off_b)
+    pipe.coordinates.index(stage * 3 + 1).store(zero + tile.off_h)
+    pipe.coordinates.index(stage * 3 + 2).store(zero + gl.where(more, tile.start_m, -1))
+    inline_asm("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", 0)
+    for w in gl.static_range(config.WARPGROUPS):
+        i = stage * config.WARPGROUPS + w
         if more:
-            mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
-            load_async(q_desc, [off_b, off_h, start_m + ROWS * w, 0], q_full.index(slot), q_bufs.index(slot))
+            mbarrier.expect(pipe.q.full.index(i), q_desc.block_type.nbytes)
+            at = [tile.off_b, tile.off_h, tile.start_m + ROWS * w, 0]
+            load_async(q_desc, at, pipe.q.full.index(i), pipe.q.bufs.index(i))
         else:
-            mbarrier.arrive(q_full.index(slot), count=1)
+            mbarrier.arrive(pipe.q.full.index(i), count=1)  # mutate: end
 
 
 @gluon.jit
-def _fetch(
-    q_desc, k_desc, v_desc, counter_ptr, log_ptr, rings, work,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr,
-):
-    q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, v_full, tickets = rings
-    items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
-    WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
-    AHEAD: gl.constexpr = Q_STAGES == 2 and not (LEFT or RIGHT)  # next Q before the last V: no number to wait for
-    count = gl.to_tensor(0)
-    turn = gl.to_tensor(0)
+def _producer(q_desc, k_desc, v_desc, counter_ptr, log_ptr, pipe, work, config: gl.constexpr):
+    BANDED: gl.constexpr = config.LEFT or config.RIGHT
+    BLOCK_N: gl.constexpr = config.BLOCK_N
+    PREFETCH_Q: gl.constexpr = config.Q_STAGES == 2 and not BANDED  # before the last V: no counter to wait for
+    kv_count = gl.to_tensor(0)
+    tile_count = gl.to_tensor(0)
     item = gl.program_id(0)
-    before = gl.to_tensor(-1)
-    if LEFT or RIGHT:
-        open_log(log_ptr, items + item)
-    off_b, off_h, start_m = _place(item, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
-    _offer(q_desc, off_b, off_h, start_m, item < items, q_bufs, q_full, q_empty, tickets, turn, Q_STAGES, WARPGROUPS)
-    while item < items:
-        following = item + gl.num_programs(0)
-        if LEFT or RIGHT:
-            taken = gl.to_tensor(0)
-            # before the first K: who waits for that may then write marks
-            before = write_down(log_ptr, (off_b * H + off_h) * row_tiles + start_m // BLOCK_M, before, WARPGROUPS)
-        first, last = key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
-        off_hk = off_h // GROUP
+    previous = gl.to_tensor(-1)
+    if BANDED:
+        init_log(log_ptr, work.items + item)
+    tile = _query_tile(item, work, config)
+    _producer_schedule(q_desc, tile, item < work.items, pipe, tile_count, config)
+    while item < work.items:
+        next_item = item + gl.num_programs(0)
+        if BANDED:
+            drawn = gl.to_tensor(0)
+            # before the first K, behind which the consumers may mark NaN
+            number = (tile.off_b * work.H + tile.off_h) * work.row_tiles + tile.start_m // config.BLOCK_M
+            previous = append_tile(log_ptr, number, previous, config.WARPGROUPS)
+        first, last = key_tiles(tile.start_m, config.BLOCK_M, work, config)
+        off_b, off_hk = tile.off_b, tile.off_h // work.GROUP
         steps = last - first + 1
         for step in range(steps):
             start_n = (last - step) * BLOCK_N
-            if LEFT or RIGHT:  # whoever is done first takes the next number; the answer takes its time
+            if BANDED:  # dynamic: the first program to get here draws the next item; the answer takes its time
                 if step == gl.maximum(steps - 4, 0):
-                    taken = take_number(counter_ptr)
-            _put(k_desc, off_b, off_hk, start_n, k_bufs, k_full, count, K_FREE, STAGES, WARPGROUPS)
+                    drawn = atomic_increment(counter_ptr)
+            _producer_load(k_desc, off_b, off_hk, start_n, pipe.k, kv_count, K_EMPTY, config)
             if step > 0:
-                _put(v_desc, off_b, off_hk, start_n + BLOCK_N, v_bufs, v_full, count - 1, V_FREE, STAGES, WARPGROUPS)
-            count += 1
-        if not AHEAD:
-            _put(v_desc, off_b, off_hk, first * BLOCK_N, v_bufs, v_full, count - 1, V_FREE, STAGES, WARPGROUPS)
-        if LEFT or RIGHT:
-            taken = uniform(taken)
-            gl.store(counter_ptr, 0, mask=taken == items - 1)  # the last one leaves it as it was
-            following = gl.num_programs(0) + taken
-        next_b, next_h, next_m = _place(following, row_tiles, heads, section, H, LEFT or RIGHT, BLOCK_M)
-        turn += 1
-        _offer(
-            q_desc, next_b, next_h, next_m, following < items, q_bufs, q_full, q_empty, tickets, turn,
-            Q_STAGES, WARPGROUPS,
-        )
-        if AHEAD:
-            _put(v_desc, off_b, off_hk, first * BLOCK_N, v_bufs, v_full, count - 1, V_FREE, STAGES, WARPGROUPS)
-        item, off_b, off_h, start_m = following, next_b, next_h, next_m
-    if LEFT or RIGHT:
-        close_log(log_ptr, items + gl.program_id(0), before)
+                _producer_load(v_desc, off_b, off_hk, start_n + BLOCK_N, pipe.v, kv_count - 1, V_EMPTY, config)
+            kv_count += 1
+        if not PREFETCH_Q:
+            _producer_load(v_desc, off_b, off_hk, first * BLOCK_N, pipe.v, kv_count - 1, V_EMPTY, config)
+        if BANDED:
+            drawn = uniform(drawn)  # mutate: uniform
+            # the last one resets it
+            gl.store(counter_ptr, 0, mask=drawn == work.items - 1)  # mutate: reset
+            next_item = gl.num_programs(0) + drawn
+        next_tile = _query_tile(next_item, work, config)
+        tile_count += 1
+        _producer_schedule(q_desc, next_tile, next_item < work.items, pipe, tile_count, config)
+        if PREFETCH_Q:
+            _producer_load(v_desc, off_b, off_hk, first * BLOCK_N, pipe.v, kv_count - 1, V_EMPTY, config)
+        item, tile = next_item, next_tile
+    if BANDED:
+        finish_log(log_ptr, work.items + gl.program_id(0), previous)
 
 
-# ---- the warpgroups that multiply
-
-
-@gluon.jit
-def _next_tile(
-    tickets, q_full, turn, Q_STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, WARPGROUP: gl.constexpr
-):
-    """(off_b, off_h, start_m) of the next tile of queries, when its Q is there; start_m is -1 after the last."""
-    place = turn % Q_STAGES
-    mbarrier.wait(q_full.index(place * WARPGROUPS + WARPGROUP), turn // Q_STAGES & 1)
-    return _read(tickets.index(place * 3)), _read(tickets.index(place * 3 + 1)), _read(tickets.index(place * 3 + 2))
+# ---- the consumer warpgroups
 
 
 @gluon.jit
-def _read(ticket):
-    return uniform(gl.max(ticket.load(gl.BlockedLayout([1], [32], [4], [0])), 0))
+def _next_tile(pipe, tile_count, config: gl.constexpr, WARPGROUP: gl.constexpr):
+    """The next tile of queries, when its Q has landed."""
+    stage = tile_count % config.Q_STAGES
+    i = stage * config.WARPGROUPS + WARPGROUP
+    mbarrier.wait(pipe.q.full.index(i), tile_count // config.Q_STAGES & 1)  # mutate: wait-q-full
+    return QueryTile(
+        _load_scalar(pipe.coordinates.index(stage * 3)), _load_scalar(pipe.coordinates.index(stage * 3 + 1)),
+        _load_scalar(pipe.coordinates.index(stage * 3 + 2)),
+    )
 
 
 @gluon.jit
-def _first_tile(
-    q, k, scale, row, start_n, N, left, right, masked, count,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
-    s_layout: gl.constexpr,
+def _load_scalar(buf):
+    return uniform(gl.max(buf.load(gl.BlockedLayout([1], [32], [4], [0])), 0))
+
+
+@gluon.jit
+def _first_key_tile(
+    q, k, scale, start_m, start_n, masked, kv_count, work, config: gl.constexpr, s_layout: gl.constexpr
 ):
     """(weights of the first tile of keys, 0 in its second half if k is no more than the first, maxima)."""
     KEYS: gl.constexpr = k.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
     zeros = gl.zeros([ROWS, KEYS], gl.float32, layout)
     s = warpgroup_mma_wait(0, [warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)])
-    _release(count, K_FREE, STAGES, WARPGROUPS)
+    _consumer_release(kv_count, K_EMPTY, config)
     if masked:
-        s = hide(s, row, start_n, N, left, right, LEFT, RIGHT, layout)
-    m_i = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, layout))
-    _, m_i = maxima(s, m_i, scale, WARPGROUPS, layout)
+        s = mask_scores(s, start_m, start_n, work, config.LEFT, config.RIGHT, layout)
+    m_i = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, layout))  # mutate: lowest
+    _, m_i = running_max(s, m_i, scale, config.WARPGROUPS, layout)
     p = exponentials(s, m_i, scale)
-    if KEYS < BLOCK_N:
-        p = gl.convert_layout(joined(p, gl.zeros_like(p)), s_layout)
+    if KEYS < config.BLOCK_N:
+        p = gl.convert_layout(join_columns(p, gl.zeros_like(p)), s_layout)
     return p, gl.convert_layout(m_i, gl.SliceLayout(1, s_layout))
 
 
 @gluon.jit
-def _attend(
-    out, rings, work,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, EDGES: gl.constexpr, HALF: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, WARPGROUP: gl.constexpr,
-):
-    """One warpgroup: 64 queries of every tile. EDGES, HALF: see edges() and half()."""
-    o_desc, o_bufs, lse_ptr, log_ptr, scale = out
-    q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, v_full, tickets = rings
-    items, row_tiles, heads, section, H, GROUP, M, N, left, right = work
-    WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
+def _consumer(output, scale, pipe, work, config: gl.constexpr, WARPGROUP: gl.constexpr):
+    """One warpgroup: 64 queries of every tile."""
+    LEFT: gl.constexpr = config.LEFT
+    RIGHT: gl.constexpr = config.RIGHT
     BANDED: gl.constexpr = LEFT or RIGHT
-    # the next tile is read before the last V is released, and a tile of keys that is not seen here: rings have room
-    EARLY: gl.constexpr = BANDED and Q_STAGES == 2
-    gl.static_assert(not EARLY or STAGES >= 2 and BLOCK_N >= BLOCK_M - ROWS)
-    dtype: gl.constexpr = q_bufs.dtype
+    BLOCK_N: gl.constexpr = config.BLOCK_N
+    BLOCK_D: gl.constexpr = config.BLOCK_D
+    # the next tile is read before the last V is released, and a tile of keys that is not seen here: stages suffice
+    PREFETCH_TILE: gl.constexpr = BANDED and config.Q_STAGES == 2  # mutate: prefetch
+    gl.static_assert(not PREFETCH_TILE or config.STAGES >= 2 and BLOCK_N >= config.BLOCK_M - ROWS)
+    dtype: gl.constexpr = pipe.q.bufs.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, k_width=2)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
-    o_buf = o_bufs.index(WARPGROUP)
-    for slot in gl.static_range(STAGES):
-        _release(slot, K_FREE, STAGES, WARPGROUPS)
-        _release(slot, V_FREE, STAGES, WARPGROUPS)
-    count = gl.to_tensor(0)
-    turn = gl.to_tensor(0)
-    off_b, off_h, start_m = _next_tile(tickets, q_full, turn, Q_STAGES, WARPGROUPS, WARPGROUP)
-    while start_m >= 0:
-        q_place = turn % Q_STAGES * WARPGROUPS + WARPGROUP
-        q = q_bufs.index(q_place).reshape([ROWS, BLOCK_D])
-        row = start_m + ROWS * WARPGROUP
-        first, last = key_tiles(start_m, N, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+    o_buf = output.bufs.index(WARPGROUP)
+    for i in gl.static_range(config.STAGES):
+        _consumer_release(i, K_EMPTY, config)
+        _consumer_release(i, V_EMPTY, config)  # mutate: init-v
+    kv_count = gl.to_tensor(0)
+    tile_count = gl.to_tensor(0)
+    tile = _next_tile(pipe, tile_count, config, WARPGROUP)
+    while tile.start_m >= 0:
+        q_stage = tile_count % config.Q_STAGES * config.WARPGROUPS + WARPGROUP
+        q = pipe.q.bufs.index(q_stage).reshape([ROWS, BLOCK_D])
+        start_m = tile.start_m + ROWS * WARPGROUP
+        first, last = key_tiles(tile.start_m, config.BLOCK_M, work, config)
         own_first, own_last = first, last
         if BANDED:
-            own_first, own_last = key_tiles(row, N, left, right, LEFT, RIGHT, ROWS, BLOCK_N)
+            own_first, own_last = key_tiles(start_m, ROWS, work, config)
             own_first, own_last = gl.maximum(own_first, first), gl.maximum(own_last, first)
-            count = _skip(last - own_last, count, k_full, v_full, STAGES, WARPGROUPS)
+            kv_count = _consumer_skip(last - own_last, pipe, kv_count, config)  # mutate: skip
 
-        _await(k_full, count, STAGES)
-        k = k_bufs.index(_slot(count, STAGES)).reshape([BLOCK_N, BLOCK_D])
-        if HALF and WARPGROUP == 0:
+        _consumer_wait(pipe.k, kv_count, config)
+        k = _consumer_tile(pipe.k, kv_count, config)
+        if config.HALF_FIRST and WARPGROUP == 0:  # mutate: half
             k = k.slice(0, ROWS, dim=0)
-        p, m_i = _first_tile(
-            q, k, scale, row, own_last * BLOCK_N, N, left, right, BANDED or (own_last + 1) * BLOCK_N > N, count,
-            LEFT, RIGHT, BLOCK_N, STAGES, WARPGROUPS, s_layout,
-        )
-        l_i = row_sums(p)
+        masked = BANDED or (own_last + 1) * BLOCK_N > work.N
+        p, m_i = _first_key_tile(q, k, scale, start_m, own_last * BLOCK_N, masked, kv_count, work, config, s_layout)
+        l_i = partial_sums(p)
         p_16 = gl.convert_layout(p.to(dtype), p_layout)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
-        count += 1
-        _await(k_full, count, STAGES, own_first < own_last)
+        kv_count += 1
+        _consumer_wait(pipe.k, kv_count, config, own_first < own_last)
 
         for step in range(1, own_last - own_first + 1):
-            k_t = k_bufs.index(_slot(count, STAGES)).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+            k_t = _consumer_tile(pipe.k, kv_count, config).permute((1, 0))
             s_token = warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)
-            _await(v_full, count - 1, STAGES)
-            v = v_bufs.index(_slot(count - 1, STAGES)).reshape([BLOCK_N, BLOCK_D])
-            o_token = warpgroup_mma(p_16, v, acc, is_async=True)
+            _consumer_wait(pipe.v, kv_count - 1, config)  # mutate: wait-v
+            o_token = warpgroup_mma(p_16, _consumer_tile(pipe.v, kv_count - 1, config), acc, is_async=True)
             s = warpgroup_mma_wait(1, [s_token])
-            _release(count, K_FREE, STAGES, WARPGROUPS)
-            if EDGES or BLOCK_D > 64:
+            _consumer_release(kv_count, K_EMPTY, config)  # mutate: release-k
+            if config.INNER_MASK or BLOCK_D > 64:
                 start_n = (own_last - step) * BLOCK_N
-                edge = gl.to_tensor(False) if EDGES else start_n + BLOCK_N > N  # never, but ptxas cannot know
-                if EDGES and RIGHT:
-                    edge = edge | (start_n + (BLOCK_N - 1) > row + right)
-                if EDGES and LEFT:
-                    edge = edge | (start_n < row + (ROWS - 1) + left)
+                # without a mask never true, but ptxas cannot know
+                edge = gl.to_tensor(False) if config.INNER_MASK else start_n + BLOCK_N > work.N
+                if config.INNER_MASK and RIGHT:
+                    edge = edge | (start_n + (BLOCK_N - 1) > start_m + work.right)
+                if config.INNER_MASK and LEFT:
+                    edge = edge | (start_n < start_m + (ROWS - 1) + work.left)
                 if edge:
-                    s = hide(s, row, start_n, N, left, right, EDGES and LEFT, EDGES and RIGHT, s_layout)
-            alpha, m_i = maxima(s, m_i, scale, WARPGROUPS, s_layout)
-            if WARPGROUPS == 2:
-                s_0, s_1 = halves(s)
+                    s = mask_scores(
+                        s, start_m, start_n, work, config.INNER_MASK and LEFT, config.INNER_MASK and RIGHT, s_layout
+                    )
+            alpha, m_i = running_max(s, m_i, scale, config.WARPGROUPS, s_layout)
+            if config.WARPGROUPS == 2:
+                s_0, s_1 = split_columns(s)
                 p_0 = exponentials(s_0, m_i, scale)
             else:
-                weights = exponentials(s, m_i, scale)
-                l_i = l_i * along(alpha, l_i) + row_sums(weights)
-            count += 1
-            _await(k_full, count, STAGES, step < own_last - own_first)  # here: it keeps the next wait below the softmax
+                p = exponentials(s, m_i, scale)
+                l_i = l_i * broadcast_rows(alpha, l_i) + partial_sums(p)
+            kv_count += 1
+            # here: it keeps the wait for P V below the softmax
+            _consumer_wait(pipe.k, kv_count, config, step < own_last - own_first)  # mutate: wait-k
             acc = warpgroup_mma_wait(0, [o_token])
-            _release(count - 2, V_FREE, STAGES, WARPGROUPS)
-            acc = rescale(acc, along(alpha, acc))
-            if WARPGROUPS == 2:
-                weights = gl.convert_layout(joined(p_0, exponentials(s_1, m_i, scale)), s_layout)
-                l_i = l_i * along(alpha, l_i) + row_sums(weights)
-            p_16 = gl.convert_layout(weights.to(dtype), p_layout)
-        if Q_STAGES == 2:
-            mbarrier.arrive(q_empty.index(q_place), count=1)
+            _consumer_release(kv_count - 2, V_EMPTY, config)  # mutate: release-v
+            acc = rescale(acc, broadcast_rows(alpha, acc))
+            if config.WARPGROUPS == 2:
+                p = gl.convert_layout(join_columns(p_0, exponentials(s_1, m_i, scale)), s_layout)  # mutate: join
+                l_i = l_i * broadcast_rows(alpha, l_i) + partial_sums(p)
+            p_16 = gl.convert_layout(p.to(dtype), p_layout)
+        if config.Q_STAGES == 2:
+            mbarrier.arrive(pipe.q_empty.index(q_stage), count=1)
 
-        _await(v_full, count - 1, STAGES)
-        v = v_bufs.index(_slot(count - 1, STAGES)).reshape([BLOCK_N, BLOCK_D])
-        o_token = warpgroup_mma(p_16, v, acc, is_async=True)
-        rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+        _consumer_wait(pipe.v, kv_count - 1, config)
+        o_token = warpgroup_mma(p_16, _consumer_tile(pipe.v, kv_count - 1, config), acc, is_async=True)
+        offs_m = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
         l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, s_layout))
         lse = m_i * LN2 + gl.log(l_i)
-        gl.store(lse_ptr + (off_b * H + off_h).to(gl.int64) * opaque(M) + rows, lse, mask=rows < M)
+        head = tile.off_b * work.H + tile.off_h
+        gl.store(output.lse_ptr + head.to(gl.int64) * opaque(work.M) + offs_m, lse, mask=offs_m < work.M)
         inverse = 1.0 / gl.where(l_i == 0.0, 1.0, l_i)
-        turn += 1
-        if EARLY:
-            next_b, next_h, next_m = _next_tile(tickets, q_full, turn, Q_STAGES, WARPGROUPS, WARPGROUP)
+        tile_count += 1
+        if PREFETCH_TILE:
+            next_tile = _next_tile(pipe, tile_count, config, WARPGROUP)
         acc = warpgroup_mma_wait(0, [o_token])
-        _release(count - 1, V_FREE, STAGES, WARPGROUPS)
+        _consumer_release(kv_count - 1, V_EMPTY, config)  # mutate: release-last-v
         if BANDED:
-            count = _skip(own_first - first, count, k_full, v_full, STAGES, WARPGROUPS)
+            kv_count = _consumer_skip(own_first - first, pipe, kv_count, config)
 
-        acc = acc * along(inverse, acc)
+        acc = acc * broadcast_rows(inverse, acc)
         acc_16 = acc.to(dtype)
-        tma.store_wait(0)  # the tile before has left o_buf
+        # until the previous O has left the buffer
+        tma.store_wait(0)  # mutate: wait-o
         o_buf.reshape([ROWS, BLOCK_D]).store(acc_16)
         fence_async_shared()
-        store_async(o_desc, [off_b, off_h, row, 0], o_buf)
-        if Q_STAGES == 1:  # O leaves from the place of Q
-            tma.store_wait(0)
-            mbarrier.arrive(q_empty.index(q_place), count=1)
+        store_async(output.desc, [tile.off_b, tile.off_h, start_m, 0], o_buf)
+        if config.Q_STAGES == 1:  # from the buffer of Q
+            tma.store_wait(0)  # mutate: wait-o-in-q
+            mbarrier.arrive(pipe.q_empty.index(q_stage), count=1)
         if BANDED:
-            tile = (off_b * H + off_h) * row_tiles + start_m // BLOCK_M
-            mark_nan(acc_16, log_ptr + (tile * 4 + WARPGROUP), log_ptr + 4 * (items + program()))
-        if not EARLY:
-            next_b, next_h, next_m = _next_tile(tickets, q_full, turn, Q_STAGES, WARPGROUPS, WARPGROUP)
-        off_b, off_h, start_m = next_b, next_h, next_m
-    written()
+            entry_ptr = output.log_ptr + ((head * work.row_tiles + tile.start_m // config.BLOCK_M) * 4 + WARPGROUP)
+            mark_nan(acc_16, entry_ptr, output.log_ptr + 4 * (work.items + ctaid()))
+        if not PREFETCH_TILE:
+            next_tile = _next_tile(pipe, tile_count, config, WARPGROUP)
+        tile = next_tile
+    store_wait_complete()
 
 
 @gluon.jit(do_not_specialize=[
@@ -365,12 +424,12 @@ def _attend(
 def _forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, counter_ptr, log_ptr, scale,
     items, row_tiles, heads, section, H, GROUP, M, N, left, right,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, EDGES: gl.constexpr, HALF: gl.constexpr, BLOCK_M: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, INNER_MASK: gl.constexpr, HALF_FIRST: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, REST: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
-    gl.static_assert(STAGES <= V_FREE - K_FREE)
+    gl.static_assert(STAGES <= V_EMPTY - K_EMPTY)
     dtype: gl.constexpr = q_desc.dtype
     q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * WARPGROUPS, 1, 1, ROWS, BLOCK_D], q_desc.layout)
     o_bufs = q_bufs
@@ -378,46 +437,44 @@ def _forward_kernel(
         o_bufs = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], o_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
-    tickets = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    coordinates = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * WARPGROUPS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * WARPGROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    again_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(again_full, count=1)
-    for w in gl.static_range(Q_STAGES * WARPGROUPS):
-        mbarrier.init(q_full.index(w), count=1)
-        mbarrier.init(q_empty.index(w), count=1)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(slot), count=1)
-        mbarrier.init(v_full.index(slot), count=1)
+    repair_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(repair_full, count=1)
+    for i in gl.static_range(Q_STAGES * WARPGROUPS):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
     fence_async_shared()
 
-    rings = (q_bufs, k_bufs, v_bufs, q_full, q_empty, k_full, v_full, tickets)
-    out = (o_desc, o_bufs, lse_ptr, log_ptr, scale)
-    work = (items, row_tiles, heads, section, H, GROUP, M, N, left, right)
+    config: gl.constexpr = Config(
+        LEFT, RIGHT, INNER_MASK, HALF_FIRST, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, WARPGROUPS
+    )
+    work = Work(items, row_tiles, heads, section, H, GROUP, M, N, left, right)
+    pipe = Pipeline(Stages(q_bufs, q_full), q_empty, coordinates, Stages(k_bufs, k_full), Stages(v_bufs, v_full))
+    output = Output(o_desc, o_bufs, lse_ptr, log_ptr)
     if WARPGROUPS == 2:
         gl.warp_specialize([
-            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, HALF, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 0)),
-            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, HALF, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 1)),
-            (_fetch, (q_desc, k_desc, v_desc, counter_ptr, log_ptr, rings, work,
-                      LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES, Q_STAGES)),
-        ], [4, 1], [REGISTERS, REST])
+            (_consumer, (output, scale, pipe, work, config, 0)),
+            (_consumer, (output, scale, pipe, work, config, 1)),
+            (_producer, (q_desc, k_desc, v_desc, counter_ptr, log_ptr, pipe, work, config)),
+        ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
-            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, HALF, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 0)),
-            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, HALF, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 1)),
-            (_attend, (out, rings, work, LEFT, RIGHT, EDGES, HALF, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, 2)),
-            (_fetch, (q_desc, k_desc, v_desc, counter_ptr, log_ptr, rings, work,
-                      LEFT, RIGHT, BLOCK_M, BLOCK_N, STAGES, Q_STAGES)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, REST])
+            (_consumer, (output, scale, pipe, work, config, 0)),
+            (_consumer, (output, scale, pipe, work, config, 1)),
+            (_consumer, (output, scale, pipe, work, config, 2)),
+            (_producer, (q_desc, k_desc, v_desc, counter_ptr, log_ptr, pipe, work, config)),
+        ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])
     if LEFT or RIGHT:
         o_buf = o_bufs.index(0) if Q_STAGES == 2 else k_bufs.index(1)
-        bufs = (q_bufs.index(0), k_bufs.index(0), v_bufs.index(0), o_buf, again_full)
-        repair(
-            q_desc, k_desc, v_desc, o_desc, lse_ptr, log_ptr, scale, bufs, work,
-            LEFT, RIGHT, BLOCK_M, BLOCK_N, BLOCK_D,
-        )
+        bufs = RepairBuffers(q_bufs.index(0), k_bufs.index(0), v_bufs.index(0), o_buf, repair_full)
+        repair(q_desc, k_desc, v_desc, o_desc, lse_ptr, log_ptr, scale, bufs, work, config)
 
 
 def refuses(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n):
@@ -427,14 +484,14 @@ def refuses(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, 
         ("a mask", mask is not None), ("sinks", sinks is not None), ("dropout", seed is not None),
         ("a softcap", softcap != 0.0), ("the tile is the caller's", block_m is not None or block_n is not None),
         ("not 16 bits", q.element_size() != 2),
-        (f"a head dim above {WIDEST}", not 0 < min(D, DV) <= max(D, DV) <= WIDEST),
+        (f"a head dim above {MAX_HEAD_DIM}", not 0 < min(D, DV) <= max(D, DV) <= MAX_HEAD_DIM),
         ("a scale of 0", scale == 0.0), ("few queries", M <= 16),
-        ("too little work to be worth the descriptors", 4 * B * H * M * N * D < max(SMALLEST, 1)),
-        ("too few tiles to fill half of the GPU", B * H * triton.cdiv(M, 128) < FEWEST * processors(q.device)),
+        ("too little work to be worth the descriptors", 4 * B * H * M * N * D < max(MIN_WORK, 1)),
+        ("too few tiles to fill half of the GPU", B * H * triton.cdiv(M, 128) < MIN_WAVES * processors(q.device)),
     ):
         if given:
             return what
-    if DV % 8 or scale < 0.0 and D % 8 or not all(readable(t) for t in (q, k, v)):
+    if DV % 8 or scale < 0.0 and D % 8 or not all(addressable(t) for t in (q, k, v)):
         return "rows that do not begin at 16 bytes"
     return None
 
@@ -456,24 +513,25 @@ def run(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, bloc
         q, scale = -q, -scale
     banded = left is not None or right is not None
     long = left is None and min(M, N) >= (2 * LONG if banded else LONG)
-    long = long and B * H * triton.cdiv(M, 3 * ROWS.value) >= ENOUGH * multiprocessors
+    long = long and B * H * triton.cdiv(M, 3 * ROWS.value) >= LONG_WAVES * multiprocessors
     tile = tile_for("fused hopper, long" if long else "fused hopper", q.dtype, max(D, DV), banded, q.device)
     row_tiles, warpgroups = triton.cdiv(M, tile.BLOCK_M), tile.BLOCK_M // ROWS.value
     items = B * H * row_tiles
-    registers = (1 << 16) // (128 * (warpgroups + 1)) // 8 * 8  # of a thread, before they are dealt out
+    registers = (1 << 16) // (128 * (warpgroups + 1)) // 8 * 8  # of a thread, before warp specialisation
     log = lse.new_empty(4 * (items + multiprocessors) if banded else 1, dtype=torch.int32)
     launch(
         _forward_kernel, min(items, multiprocessors),
-        describe(q, ROWS.value, tile.BLOCK_D), describe(k, tile.BLOCK_N, tile.BLOCK_D),
-        describe(v, tile.BLOCK_N, tile.BLOCK_D), describe(o, ROWS.value, tile.BLOCK_D),
+        tile_descriptor(q, ROWS.value, tile.BLOCK_D), tile_descriptor(k, tile.BLOCK_N, tile.BLOCK_D),
+        tile_descriptor(v, tile.BLOCK_N, tile.BLOCK_D), tile_descriptor(o, ROWS.value, tile.BLOCK_D),
         lse, counter(q.device) if banded else log, log, scale * LOG2E.value,
         items, row_tiles, B * H, section_of(B * H, row_tiles, multiprocessors) if banded else 1, H, H // Hk, M, N,
         left or 0, right or 0,
-        device=q.device, LEFT=left is not None, RIGHT=right is not None,
-        EDGES=edges(left, right), HALF=tile.BLOCK_M == tile.BLOCK_N and half(left, right, M, N),
+        device=q.device, LEFT=left is not None, RIGHT=right is not None, INNER_MASK=masks_inner_tiles(left, right),
+        HALF_FIRST=tile.BLOCK_M == tile.BLOCK_N and halves_first_tile(left, right, M, N),
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D,
         STAGES=tile.num_stages, Q_STAGES=2 if tile.BLOCK_D <= 128 else 1,  # more do not fit
-        REGISTERS=tile.registers, REST=registers * (warpgroups + 1) - tile.registers * warpgroups,
+        CONSUMER_REGISTERS=tile.registers,
+        PRODUCER_REGISTERS=registers * (warpgroups + 1) - tile.registers * warpgroups,
         num_warps=4, maxnreg=registers,
     )
     return o, lse, lse.new_empty(B, H, M, 0)

@@ -1,4 +1,4 @@
-"""What the Hopper kernels tell the compilers in PTX, as no Gluon says it."""
+"""What the Hopper kernels need of PTX that Gluon does not offer."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -7,37 +7,37 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # of all warps of a
 
 
 @gluon.jit
-def inline(ASM: gl.constexpr, x):
-    """An instruction with a number in and a number out, which is neither left out nor moved past others."""
+def inline_asm(ASM: gl.constexpr, x):
+    """A volatile instruction with one operand and one result."""
     return gl.inline_asm_elementwise(ASM, "=r,r", [gl.to_tensor(x)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def opaque(x):
-    """x, which LLVM cannot see through: what depends on it is computed in its place, not kept in registers before."""
-    return inline("mov.b32 $0, $1;", x)
+    """x, of which LLVM knows nothing: what depends on it is computed here, not earlier and then kept in registers."""
+    return inline_asm("mov.b32 $0, $1;", x)
 
 
 @gluon.jit
 def uniform(x):
-    """x, of which ptxas learns that all lanes have the same."""
-    return inline("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", x)
+    """x of the first lane, for all: to ptxas a warp-uniform value."""
+    return inline_asm("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", x)
 
 
 @gluon.jit
-def program():
-    """program_id(0), asked for here: LLVM would ask at the start, and keep it in a register."""
-    return inline("mov.u32 $0, %ctaid.x;", 0)
+def ctaid():
+    """program_id(0), read here: LLVM would read it at the start, and keep it in a register."""
+    return inline_asm("mov.u32 $0, %ctaid.x;", 0)
 
 
 @gluon.jit
-def written():
-    """Wait until what this warp stored by TMA is in memory, not only read from where it was."""
-    inline("cp.async.bulk.wait_group 0; mov.b32 $0, 0;", 0)
+def store_wait_complete():
+    """Wait until the TMA stores of this warp are in memory, not only read from shared memory (tma.store_wait)."""
+    inline_asm("cp.async.bulk.wait_group 0; mov.b32 $0, 0;", 0)
 
 
 @gluon.jit
-def both_first(x):
+def computed_together(x):
     """x, two elements a thread, of which ptxas computes both before it uses the first: max(x_0, min(x_1, -inf))."""
     ASM: gl.constexpr = "{ .reg .f32 t; min.f32 t, $3, 0fFF800000; max.f32 $0, $2, t; mov.b32 $1, $3; }"
     return gl.inline_asm_elementwise(ASM, "=&f,=f,f,f", [x], dtype=gl.float32, is_pure=False, pack=2)
@@ -57,9 +57,9 @@ def clamp(x):
 
 
 @gluon.jit
-def take_number(ptr):
-    """Add 1 to a number in memory: what it was before, in the first lane, 0 in the others; see uniform. A warp goes on
-    until it asks for that."""
+def atomic_increment(ptr):
+    """Add 1 to an integer in memory: its old value in the first lane, 0 in the others; see uniform. A warp waits for it
+    where it uses it."""
     ASM: gl.constexpr = (
         "{ .reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0; mov.u32 $0, 0; "
         "@p atom.relaxed.gpu.global.add.u32 $0, [$1], 1; }"
@@ -68,8 +68,8 @@ def take_number(ptr):
 
 
 @gluon.jit
-def spin_until(ptr, value):
-    """Wait until someone has published `value`, and see what was written before that."""
+def semaphore_wait(ptr, value):
+    """Spin until a semaphore in memory is at `value`; acquires what was written before it was released."""
     gl.inline_asm_elementwise(
         "{\n\t.reg .pred p;\n\t.reg .b32 r;\n\tSPIN:\n\tld.acquire.gpu.global.b32 r, [$1];\n\t"
         "setp.ne.s32 p, r, $2;\n\t@p bra SPIN;\n\tfence.proxy.async.global;\n\tmov.b32 $0, r;\n\t}",
@@ -78,8 +78,8 @@ def spin_until(ptr, value):
 
 
 @gluon.jit
-def publish(ptr, value):
-    """Write `value` for all programs to see, once what this warp copied by TMA is in memory."""
+def semaphore_release(ptr, value):
+    """Set a semaphore to `value` once the TMA stores of this warp are in memory, which it releases."""
     gl.inline_asm_elementwise(
         "cp.async.bulk.wait_group 0;\n\tbar.warp.sync 0xffffffff;\n\tst.release.gpu.global.b32 [$1], $2;\n\t"
         "mov.b32 $0, 0;", "=r,l,r", [ptr.to(gl.int64), value], dtype=gl.int32, is_pure=False, pack=1,
@@ -87,17 +87,17 @@ def publish(ptr, value):
 
 
 @gluon.jit
-def arrive_at(number, THREADS: gl.constexpr):
-    """Say at a named barrier of the hardware, which THREADS threads use, that this warp has come, and go on."""
+def named_barrier_arrive(number, THREADS: gl.constexpr):
+    """Arrive with this warp at a named barrier of THREADS threads, without waiting."""
     ASM: gl.constexpr = f"bar.arrive $1, {THREADS}; mov.b32 $0, 0;"
-    inline(ASM, number)
+    inline_asm(ASM, number)
 
 
 @gluon.jit
-def meet_at(number, THREADS: gl.constexpr):
-    """Wait at a named barrier until all of THREADS threads have come."""
+def named_barrier_sync(number, THREADS: gl.constexpr):
+    """Arrive at a named barrier, and wait until all THREADS threads have."""
     ASM: gl.constexpr = f"bar.sync $1, {THREADS}; mov.b32 $0, 0;"
-    inline(ASM, number)
+    inline_asm(ASM, number)
 
 
 @gluon.constexpr_function
@@ -114,7 +114,7 @@ def _rescale_asm(n):
 
 @gluon.jit
 def rescale(x, alpha):
-    """x * alpha, an accumulator and a number for each row, by a branch around all of it where a warp has only ones."""
+    """x * alpha, an accumulator and a factor for each row; a warp whose factors are all 1 branches around it."""
     PACK: gl.constexpr = x.shape[0] * x.shape[1] // 128
     ASM: gl.constexpr = _rescale_asm(PACK)
     alpha, _ = gl.broadcast(alpha, x)
@@ -138,7 +138,7 @@ def _mark_nan_asm(n, kind):
 
 @gluon.jit
 def mark_nan(x, ptr, other_ptr):
-    """Write 1 to two places where x, 16 bits an element, has NaN (or inf, now and then)."""
+    """Store 1 at two addresses if x, 16 bits an element, has NaN (or inf, now and then)."""
     PACK: gl.constexpr = x.shape[0] * x.shape[1] // 128
     ASM: gl.constexpr = _mark_nan_asm(PACK, "bf16x2" if x.dtype == gl.bfloat16 else "f16x2")
     ptr, _ = gl.broadcast(ptr.to(gl.int64), x)

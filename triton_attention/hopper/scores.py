@@ -20,11 +20,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )
 
-from triton_attention.hopper.tma import describe, load_async, readable, store_async
+from triton_attention.hopper.tma import addressable, load_async, store_async, tile_descriptor
 from triton_attention.launch import launch
 from triton_attention.tile_choice import tile_for
 
-SMALLEST = 1 << 26  # elements of S from which the GPU is busy for longer than the host with its descriptors
+MIN_WORK = 1 << 26  # elements of S from which the GPU is busy for longer than the host with its descriptors
 
 
 @gluon.jit
@@ -113,9 +113,9 @@ def refuses(q, k, scale, diagonal, fill, block_m, block_n):
         return "not 16 bits"
     if not 0 < D <= 128:
         return "a head dim above 128"
-    if B * H * M * N < SMALLEST:
+    if B * H * M * N < MIN_WORK:
         return "too few scores to be worth the descriptors"
-    if N % 8 or not (readable(q) and readable(k)):
+    if N % 8 or not (addressable(q) and addressable(k)):
         return "rows that do not begin at 16 bytes"
     return None
 
@@ -128,8 +128,8 @@ def run(q, k, scale, diagonal, fill, block_m, block_n):
     programs = B * H * triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(M, tile.BLOCK_M * tile.SPAN)
     launch(
         _scores_hopper_kernel, programs,
-        describe(q, tile.BLOCK_M, tile.BLOCK_D), describe(k, tile.BLOCK_N, tile.BLOCK_D),
-        describe(s, tile.BLOCK_M, tile.BLOCK_N), scale, H, H // Hk, M, N,
+        tile_descriptor(q, tile.BLOCK_M, tile.BLOCK_D), tile_descriptor(k, tile.BLOCK_N, tile.BLOCK_D),
+        tile_descriptor(s, tile.BLOCK_M, tile.BLOCK_N), scale, H, H // Hk, M, N,
         device=q.device, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D, SPAN=tile.SPAN,
         STAGES=tile.num_stages, WORKER_REGISTERS=tile.registers, num_warps=tile.num_warps, maxnreg=tile.registers,
     )

@@ -1,6 +1,6 @@
 """What the Hopper kernels share of the tensor memory accelerator (TMA), which copies whole tiles, asynchronously.
 
-The host describes a [B, H, M, D] tensor and the tile that moves at once; a kernel names the place. Outside of the
+The host describes a [B, H, M, D] tensor and the tile that moves at once; a kernel gives its coordinates. Outside of the
 tensor a load gives zeros and a store does nothing.
 """
 
@@ -27,7 +27,7 @@ if add_async is None:  # Triton 3.6 has the instruction, but no name for it
         _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
 
 
-def readable(t):
+def addressable(t):
     """Whether TMA can address a tensor: rows of whole 16 bytes, at addresses that are multiples of 16."""
     steps = [stride for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True) if size > 1]
     return (
@@ -36,7 +36,7 @@ def readable(t):
     )
 
 
-def describe(t, rows, columns):
+def tile_descriptor(t, rows, columns):
     """The descriptor by which TMA moves tiles of `rows` x `columns` of a [B, H, M, D] tensor."""
     dtype = gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], dtype)
@@ -45,7 +45,7 @@ def describe(t, rows, columns):
     return TensorDescriptor(t, list(t.shape), strides, [1, 1, rows, columns], layout)
 
 
-def describe_rows(t, rows):
+def row_descriptor(t, rows):
     """The descriptor by which TMA moves `rows` whole rows of a contiguous [rows, columns] tensor of float32."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     return TensorDescriptor(t, list(t.shape), [t.shape[1], 1], [rows, t.shape[1]], layout)
