@@ -327,8 +327,8 @@ NAMES = {
     "named_barrier_arrive": named_barrier_arrive, "named_barrier_sync": named_barrier_sync, "barrier": nothing,
     "computed_together": lambda x: x, "clamp": lambda x: x.nan_to_num(-(2.0**100)).clamp(-(2.0**100), 2.0**100),
     "broadcast_rows": lambda x, tile: x.unsqueeze(1),
-    "tma": SimpleNamespace(store_wait=store_wait), "store_wait_complete": store_wait_complete,
-    "ctaid": lambda: current.number,
+    "tma": SimpleNamespace(store_wait=store_wait, tensor_descriptor=Descriptor),
+    "store_wait_complete": store_wait_complete, "ctaid": lambda: current.number,
     "rescale": lambda x, alpha: x * alpha, "mark_nan": mark_nan,
     "load_async": lambda desc, at, barrier, buf: desc.load(at, barrier, buf),
     "mbarrier": SimpleNamespace(

@@ -58,7 +58,7 @@ def backward(
 ):
     """(O, lse, dQ, dK, dV), the first two by PyTorch; block_m 128: D up to 64, 64: up to 128."""
     kernel = load(source or BACKWARD.read_text())
-    (B, H, M), (Hk, N), wide = q.shape[:3], k.shape[1:3], 8192 // block_m
+    (B, H, M), (Hk, N), head_dim = q.shape[:3], k.shape[1:3], 8192 // block_m
     o, lse = exact(q, *(t.where(t.abs() < 1e30, 0.0) for t in (k, v)), scale, left, right)
     stats, semaphores = kernels.preprocess(do, dlse, o, lse, torch.empty(B, H, M, 4), block_m)
     dq_accum = torch.full((64 * len(semaphores), 128), torch.nan)
@@ -66,11 +66,12 @@ def backward(
     column_tiles, outer = -(-N // 128), N if left is None and right is None else right
     counter = torch.zeros(1, dtype=torch.int32)
     arguments = (
-        Descriptor(q, block_m, wide), Descriptor(k, 128, wide), Descriptor(v, 128, wide), Descriptor(do, block_m, wide),
-        Descriptor(stats, 1, 2 * block_m), Descriptor(dq_accum, 64, 128), Descriptor(dk, 128, wide),
-        Descriptor(dv, 128, wide), Pointer(semaphores), Pointer(counter), scale * LOG2E.value,
+        Descriptor(q, block_m, head_dim), Descriptor(k, 128, head_dim), Descriptor(v, 128, head_dim),
+        Descriptor(do, block_m, head_dim), Descriptor(stats, 1, 2 * block_m), Descriptor(dq_accum, 64, 128),
+        Descriptor(dk, 128, head_dim), Descriptor(dv, 128, head_dim),
+        Pointer(semaphores), Pointer(counter), scale * LOG2E.value,
         column_tiles, B * Hk, section, Hk, H // Hk, -(-M // block_m), N, left or 0, outer or 0,
-        left is not None, outer is not None, block_m, wide, stages, dq_stages, 0,
+        left is not None, outer is not None, block_m, head_dim, stages, dq_stages, 0,
     )
     current.size, current.first = programs, 256
     run_threads([(number, kernel._backward_kernel, arguments) for number in range(programs)])
@@ -142,7 +143,7 @@ BUGS = {  # name: (mark of a line in the kernel, what is done to it (see plant),
     "tiles that no query sees not released": ("skip", DROP, _BANDED),
     "O overwritten while it is stored": ("wait-o", DROP, _FULL),
     "the next Q loaded too early": ("wait-q-empty", DROP, _SHORT),
-    "the phase of every second Q": ("wait-q-full", (r" // config\.Q_STAGES", ""), _FULL),
+    "the phase of every second Q": ("wait-q-full", (r" // OPTIONS\.Q_STAGES", ""), _FULL),
     "the end not scheduled": ("end", DROP, _FULL),
     "K and V overwritten": ("acquire", DROP, _FULL),
     "V not released at the start": ("init-v", DROP, _FULL),
@@ -155,7 +156,7 @@ BUGS = {  # name: (mark of a line in the kernel, what is done to it (see plant),
     "half a tile for all warpgroups": ("half", (r" and WARPGROUP == 0", ""), {"right": 0}),
     "halves of the weights exchanged": ("join", (r"\(p_0, (exponentials\(.*?\))\)", r"(\1, p_0)"), {"right": 0}),
     "the next tile awaited before O has left": (
-        "prefetch", (r" and config\.Q_STAGES == 2", ""), {"block_d": 256, "right": 0},
+        "prefetch", (r" and OPTIONS\.Q_STAGES == 2", ""), {"block_d": 256, "right": 0},
     ),
     "last queries first forgotten": ("stride", DROP, _BACK),
     "Q released while dK is in flight": ("release-q", EARLIER, _BACK),

@@ -20,7 +20,7 @@ Invariants
     list the first keys come first, and all programs end together;
     persistent: the producer draws tiles of keys from a counter in memory; the first queries of the next are prefetched
     during the epilogue, in which the producer stores dK and dV;
-    once a step all consumer warps meet, between dS and dQ = dS K, and before dK and dV overwrite K and V;
+    consumer warps share one barrier a step, between dS and dQ = dS K, and one before dK and dV overwrite K and V;
     hidden scores start from -inf, and K and V are clamped to finite numbers: 0 * inf would be NaN.
 
 What was measured, and what gained nothing: NOTES.md. Shah et al., "FlashAttention-3", 2024, for one pass with warp
@@ -59,15 +59,15 @@ MIN_WAVES = 1  # tiles of keys a multiprocessor (a quarter, if causal); with few
 L2 = 32 << 20  # bytes: heads whose queries, and what belongs to them, fit there are worked on together
 
 
-class Config(NamedTuple):
-    """Constants of a build."""
+class Options(NamedTuple):
+    """What a build is compiled for."""
 
-    LEFT: gl.constexpr
-    RIGHT: gl.constexpr
-    BLOCK_M: gl.constexpr
-    BLOCK_D: gl.constexpr
-    STAGES: gl.constexpr  # of Q, dO, lse and delta
-    DQ_STAGES: gl.constexpr
+    LEFT: bool
+    RIGHT: bool
+    BLOCK_M: int
+    BLOCK_D: int
+    STAGES: int  # of Q, dO, lse and delta
+    DQ_STAGES: int
 
 
 class Work(NamedTuple):
@@ -93,13 +93,13 @@ class KeyTile(NamedTuple):
 
 
 class Descriptors(NamedTuple):
-    q: gl.tensor
-    k: gl.tensor
-    v: gl.tensor
-    do: gl.tensor
-    stats: gl.tensor
-    dk: gl.tensor
-    dv: gl.tensor
+    q: tma.tensor_descriptor
+    k: tma.tensor_descriptor
+    v: tma.tensor_descriptor
+    do: tma.tensor_descriptor
+    stats: tma.tensor_descriptor
+    dk: tma.tensor_descriptor
+    dv: tma.tensor_descriptor
 
 
 class Scheduler(NamedTuple):
@@ -111,7 +111,7 @@ class Scheduler(NamedTuple):
 
 
 class KeyBuffers(NamedTuple):
-    """K and V of one item, in whose place dK and dV leave."""
+    """K and V of one item, and then dK and dV in their place."""
 
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
@@ -148,22 +148,22 @@ class SemaphoreStages(NamedTuple):
 
 
 @gluon.jit
-def _key_tile(item, work, config: gl.constexpr):
+def _key_tile(item, work, OPTIONS: gl.constexpr):
     """The tile of keys of a work item: a section of heads at a time, last keys first; in the last section, if there is
     only a right bound, ascending: the items with the most steps come first, so that all programs end together."""
     first_head = item // (work.column_tiles * work.section) * work.section
     item_in_section = item - first_head * work.column_tiles
     heads = gl.minimum(work.section, work.heads - first_head)
     tile_n, ascending = work.column_tiles - 1 - item_in_section // heads, gl.to_tensor(False)
-    if config.RIGHT and not config.LEFT:
+    if OPTIONS.RIGHT and not OPTIONS.LEFT:
         ascending = first_head + work.section >= work.heads
         tile_n = gl.where(ascending, item_in_section // heads, tile_n)
     head = first_head + item_in_section % heads
     first, end = gl.to_tensor(0), work.row_tiles
-    if config.RIGHT:
-        first = gl.maximum(tile_n * BLOCK_N - work.right, 0) // config.BLOCK_M
-    if config.LEFT:
-        seen = gl.maximum(tile_n * BLOCK_N + (BLOCK_N - 1 + config.BLOCK_M) - work.left, 0) // config.BLOCK_M
+    if OPTIONS.RIGHT:
+        first = gl.maximum(tile_n * BLOCK_N - work.right, 0) // OPTIONS.BLOCK_M
+    if OPTIONS.LEFT:
+        seen = gl.maximum(tile_n * BLOCK_N + (BLOCK_N - 1 + OPTIONS.BLOCK_M) - work.left, 0) // OPTIONS.BLOCK_M
         end = gl.minimum(end, seen)
     return KeyTile(tile_n, head, ascending, first, gl.maximum(end - first, 0))
 
@@ -176,11 +176,11 @@ def _query_tile(step, keys, work):
 
 
 @gluon.jit
-def _predecessors(tile_m, keys, work, config: gl.constexpr):
+def _predecessors(tile_m, keys, work, OPTIONS: gl.constexpr):
     """How many tiles of keys add to a tile of queries before this: those seen after it; if ascending, all before it."""
     last = work.column_tiles - 1
-    if config.RIGHT:
-        last = gl.minimum(last, (tile_m * config.BLOCK_M + (config.BLOCK_M - 1) + work.right) // BLOCK_N)
+    if OPTIONS.RIGHT:
+        last = gl.minimum(last, (tile_m * OPTIONS.BLOCK_M + (OPTIONS.BLOCK_M - 1) + work.right) // BLOCK_N)
     return gl.where(keys.ascending, keys.tile_n, last - keys.tile_n)  # mutate: predecessors
 
 
@@ -220,7 +220,7 @@ def _store_dk_dv(descs, buffers, off_b, off_hk, start_n, item_count):
 
 
 @gluon.jit
-def _producer(descs, counter_ptr, buffers, stages, scheduler, work, config: gl.constexpr):
+def _producer(descs, counter_ptr, buffers, stages, scheduler, work, OPTIONS: gl.constexpr):
     items = work.column_tiles * work.heads
     item = uniform(atomic_increment(counter_ptr))  # the first too: no program waits for one that has not started
     item_count = gl.to_tensor(0)
@@ -228,14 +228,15 @@ def _producer(descs, counter_ptr, buffers, stages, scheduler, work, config: gl.c
     previous_b, previous_hk, previous_n = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     while item < items:
         _schedule(item, scheduler, item_count)
-        keys = _key_tile(item, work, config)
+        keys = _key_tile(item, work, OPTIONS)
         off_b, off_hk, start_n = keys.head // work.Hk, keys.head % work.Hk, keys.tile_n * BLOCK_N
         steps = work.GROUP * keys.count
-        some = KeyTile(keys.tile_n, keys.head, keys.ascending, keys.first_m, gl.maximum(keys.count, 1))
+        # a step at least, for K and V
+        nonempty = KeyTile(keys.tile_n, keys.head, keys.ascending, keys.first_m, gl.maximum(keys.count, 1))
         for step in range(gl.maximum(steps, 1)):
-            stage = step_count % config.STAGES
-            tile_m, tile = _query_tile(step, some, work)
-            at = [off_b, off_hk * work.GROUP + step // some.count, tile_m * config.BLOCK_M, 0]
+            stage = step_count % OPTIONS.STAGES
+            tile_m, tile = _query_tile(step, nonempty, work)
+            at = [off_b, off_hk * work.GROUP + step // nonempty.count, tile_m * OPTIONS.BLOCK_M, 0]
             if steps > 0:
                 named_barrier_sync(Q_EMPTY + stage, BARRIER_THREADS)  # mutate: acquire-q
                 mbarrier.expect(stages.q_full.index(stage), descs.q.block_type.nbytes + descs.stats.block_type.nbytes)
@@ -265,34 +266,34 @@ def _producer(descs, counter_ptr, buffers, stages, scheduler, work, config: gl.c
 
 
 @gluon.jit
-def _each_step(body: gl.constexpr, arguments, scheduler, work, config: gl.constexpr):
-    """Run body(arguments, step_count, tile of queries, its number, tile of keys, work, config) for all items' steps."""
+def _each_step(body: gl.constexpr, arguments, scheduler, work, OPTIONS: gl.constexpr):
+    """Run body(arguments, step_count, tile_m, tile, keys, work, OPTIONS) for each step of all items."""
     item_count = gl.to_tensor(0)
     step_count = gl.to_tensor(0)
     item = _next_item(scheduler, item_count, 1)
     while item >= 0:
-        keys = _key_tile(item, work, config)
+        keys = _key_tile(item, work, OPTIONS)
         for step in range(work.GROUP * keys.count):
             tile_m, tile = _query_tile(step, keys, work)
-            body(arguments, step_count, tile_m, tile, keys, work, config)
+            body(arguments, step_count, tile_m, tile, keys, work, OPTIONS)
             step_count += 1
         item_count += 1
         item = _next_item(scheduler, item_count, 1)
 
 
 @gluon.jit
-def _semaphore_step(arguments, step_count, tile_m, tile, keys, work, config: gl.constexpr):
+def _semaphore_step(arguments, step_count, tile_m, tile, keys, work, OPTIONS: gl.constexpr):
     semaphores_ptr, semaphore = arguments
     mbarrier.wait(semaphore.done.index(step_count % 2), (step_count // 2 & 1) ^ 1)
-    semaphore_wait(semaphores_ptr + tile, _predecessors(tile_m, keys, work, config))
+    semaphore_wait(semaphores_ptr + tile, _predecessors(tile_m, keys, work, OPTIONS))
     mbarrier.arrive(semaphore.ready.index(step_count % 2), count=1)
 
 
 @gluon.jit
-def _dq_step(arguments, step_count, tile_m, tile, keys, work, config: gl.constexpr):
+def _dq_step(arguments, step_count, tile_m, tile, keys, work, OPTIONS: gl.constexpr):
     dq_desc, semaphores_ptr, dq, semaphore = arguments
-    predecessors = _predecessors(tile_m, keys, work, config)
-    stage = step_count % config.DQ_STAGES
+    predecessors = _predecessors(tile_m, keys, work, OPTIONS)
+    stage = step_count % OPTIONS.DQ_STAGES
     mbarrier.wait(semaphore.ready.index(step_count % 2), step_count // 2 & 1)  # mutate: wait-ready
     named_barrier_sync(DQ_FULL + stage, BARRIER_THREADS)  # mutate: wait-dq-full
     if predecessors == 0:
@@ -306,15 +307,15 @@ def _dq_step(arguments, step_count, tile_m, tile, keys, work, config: gl.constex
 
 
 @gluon.jit
-def _semaphore_warp(semaphores_ptr, semaphore, scheduler, work, config: gl.constexpr):
+def _semaphore_warp(semaphores_ptr, semaphore, scheduler, work, OPTIONS: gl.constexpr):
     """Wait until the predecessors of a part of dQ are there, up to two steps ahead of the dQ warp."""
-    _each_step(_semaphore_step, (semaphores_ptr, semaphore), scheduler, work, config)
+    _each_step(_semaphore_step, (semaphores_ptr, semaphore), scheduler, work, OPTIONS)
 
 
 @gluon.jit
-def _dq_warp(dq_desc, semaphores_ptr, dq, semaphore, scheduler, work, config: gl.constexpr):
+def _dq_warp(dq_desc, semaphores_ptr, dq, semaphore, scheduler, work, OPTIONS: gl.constexpr):
     """Store or add the part of dQ of each step."""
-    _each_step(_dq_step, (dq_desc, semaphores_ptr, dq, semaphore), scheduler, work, config)
+    _each_step(_dq_step, (dq_desc, semaphores_ptr, dq, semaphore), scheduler, work, OPTIONS)
 
 
 # ---- the consumer warps
@@ -342,28 +343,28 @@ def _mask_scores(s, after_n, at_left, at_right, LEFT: gl.constexpr, RIGHT: gl.co
 
 
 @gluon.jit
-def _pass_dq(x, dq, step_count, config: gl.constexpr):
+def _pass_dq(x, dq, step_count, OPTIONS: gl.constexpr):
     """A part of dQ to the dQ warp, in the order of the registers: 16 contiguous bytes a thread at a time."""
     # (warpgroup, 8 columns, warp, row, 2 columns, upper or lower 8 rows, column): _postprocess_kernel undoes it
-    if config.BLOCK_D == 128:
+    if OPTIONS.BLOCK_D == 128:
         x = gl.permute(gl.reshape(x, [4, 2, 8, 2, 8, 4, 2]), [3, 4, 0, 2, 5, 1, 6])
     else:
         x = gl.permute(gl.reshape(x, [2, 4, 2, 8, 8, 4, 2]), [0, 4, 1, 3, 5, 2, 6])
-    stage = step_count % config.DQ_STAGES
-    mbarrier.wait(dq.empty.index(stage), (step_count // config.DQ_STAGES & 1) ^ 1)  # mutate: wait-dq-empty
+    stage = step_count % OPTIONS.DQ_STAGES
+    mbarrier.wait(dq.empty.index(stage), (step_count // OPTIONS.DQ_STAGES & 1) ^ 1)  # mutate: wait-dq-empty
     dq.bufs.index(stage).store(gl.reshape(x, [64, 128]))
     fence_async_shared()
     named_barrier_arrive(DQ_FULL + stage, BARRIER_THREADS)
 
 
 @gluon.jit
-def _consumer(buffers, stages, ds_bufs, dq_stages, scale_2, scheduler, work, config: gl.constexpr):
-    LEFT: gl.constexpr = config.LEFT
-    RIGHT: gl.constexpr = config.RIGHT
+def _consumer(buffers, stages, ds_bufs, dq_stages, scale_2, scheduler, work, OPTIONS: gl.constexpr):
+    LEFT: gl.constexpr = OPTIONS.LEFT
+    RIGHT: gl.constexpr = OPTIONS.RIGHT
     BANDED: gl.constexpr = LEFT or RIGHT
-    BLOCK_M: gl.constexpr = config.BLOCK_M
-    BLOCK_D: gl.constexpr = config.BLOCK_D
-    STAGES: gl.constexpr = config.STAGES
+    BLOCK_M: gl.constexpr = OPTIONS.BLOCK_M
+    BLOCK_D: gl.constexpr = OPTIONS.BLOCK_D
+    STAGES: gl.constexpr = OPTIONS.STAGES
     dtype: gl.constexpr = stages.q.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_M, 16])
     d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK_D, 16])
@@ -381,7 +382,7 @@ def _consumer(buffers, stages, ds_bufs, dq_stages, scale_2, scheduler, work, con
     step_count = gl.to_tensor(0)
     item = _next_item(scheduler, item_count, 8)
     while item >= 0:
-        keys = _key_tile(item, work, config)
+        keys = _key_tile(item, work, OPTIONS)
         start_n = keys.tile_n * BLOCK_N
         stride_m = BLOCK_M
         first_m, end_m = uniform(keys.first_m * BLOCK_M), uniform((keys.first_m + keys.count) * BLOCK_M)
@@ -451,7 +452,7 @@ def _consumer(buffers, stages, ds_bufs, dq_stages, scale_2, scheduler, work, con
                 barrier()
             dk_token = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
             dq = warpgroup_mma_wait(1, [dq_token])
-            _pass_dq(dq, dq_stages, step_count, config)
+            _pass_dq(dq, dq_stages, step_count, OPTIONS)
             dk, dv = warpgroup_mma_wait(0, [dk_token, dv_token])
             named_barrier_arrive(Q_EMPTY + stage, BARRIER_THREADS)  # mutate: release-q
             step_count += 1
@@ -510,7 +511,7 @@ def _backward_kernel(
         mbarrier.init(items_empty.index(i), count=3)  # all partitions but the producer
     fence_async_shared()
 
-    config: gl.constexpr = Config(LEFT, RIGHT, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES)
+    OPTIONS: gl.constexpr = Options(LEFT, RIGHT, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES)
     work = Work(column_tiles, heads, section, Hk, GROUP, row_tiles, N, left, right)
     descs = Descriptors(q_desc, k_desc, v_desc, do_desc, stats_desc, dk_desc, dv_desc)
     scheduler = Scheduler(items, items_full, items_empty)
@@ -519,10 +520,10 @@ def _backward_kernel(
     dq = DqStages(dq_bufs, dq_empty)
     semaphore = SemaphoreStages(semaphore_ready, semaphore_done)
     gl.warp_specialize([
-        (_consumer, (buffers, stages, ds_bufs, dq, scale_2, scheduler, work, config)),
-        (_producer, (descs, counter_ptr, buffers, stages, scheduler, work, config)),
-        (_semaphore_warp, (semaphores_ptr, semaphore, scheduler, work, config)),
-        (_dq_warp, (dq_desc, semaphores_ptr, dq, semaphore, scheduler, work, config)),
+        (_consumer, (buffers, stages, ds_bufs, dq, scale_2, scheduler, work, OPTIONS)),
+        (_producer, (descs, counter_ptr, buffers, stages, scheduler, work, OPTIONS)),
+        (_semaphore_warp, (semaphores_ptr, semaphore, scheduler, work, OPTIONS)),
+        (_dq_warp, (dq_desc, semaphores_ptr, dq, semaphore, scheduler, work, OPTIONS)),
     ], [1, 1, 1], [WORKER_REGISTERS, WORKER_REGISTERS, WORKER_REGISTERS])
 
 

@@ -60,19 +60,19 @@ LONG = 2048  # queries and keys from which D up to 64 takes tiles of three warpg
 LONG_WAVES = 2  # of those tiles a multiprocessor; with fewer, the longest of them leave most of the GPU idle at the end
 
 
-class Config(NamedTuple):
-    """Constants of a build. INNER_MASK, HALF_FIRST: see masks_inner_tiles() and halves_first_tile()."""
+class Options(NamedTuple):
+    """What a build is compiled for. INNER_MASK, HALF_FIRST: see masks_inner_tiles() and halves_first_tile()."""
 
-    LEFT: gl.constexpr
-    RIGHT: gl.constexpr
-    INNER_MASK: gl.constexpr
-    HALF_FIRST: gl.constexpr
-    BLOCK_M: gl.constexpr
-    BLOCK_N: gl.constexpr
-    BLOCK_D: gl.constexpr
-    STAGES: gl.constexpr  # of K and V
-    Q_STAGES: gl.constexpr  # of Q; 1: O is stored from the buffers of Q
-    WARPGROUPS: gl.constexpr  # of consumers
+    LEFT: bool
+    RIGHT: bool
+    INNER_MASK: bool
+    HALF_FIRST: bool
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    STAGES: int  # of K and V
+    Q_STAGES: int  # of Q; 1: O is stored from the buffers of Q
+    WARPGROUPS: int  # of consumers
 
 
 class Work(NamedTuple):
@@ -115,7 +115,7 @@ class Pipeline(NamedTuple):
 
 
 class Output(NamedTuple):
-    desc: gl.tensor
+    desc: tma.tensor_descriptor
     bufs: gl.shared_memory_descriptor
     lse_ptr: gl.tensor
     log_ptr: gl.tensor  # see nan_repair.py
@@ -125,16 +125,16 @@ class Output(NamedTuple):
 
 
 @gluon.jit
-def _query_tile(item, work, config: gl.constexpr):
+def _query_tile(item, work, OPTIONS: gl.constexpr):
     """The tile of a work item. With a mask the longest come first, over a section of heads at a time."""
-    if config.LEFT or config.RIGHT:
+    if OPTIONS.LEFT or OPTIONS.RIGHT:
         first_head = item // (work.row_tiles * work.section) * work.section
         item_in_section = item - first_head * work.row_tiles
         heads = gl.maximum(gl.minimum(work.section, work.heads - first_head), 1)  # 1: past the end of the list
         head, tile = first_head + item_in_section % heads, work.row_tiles - 1 - item_in_section // heads
     else:
         head, tile = item // work.row_tiles, item % work.row_tiles
-    return QueryTile(head // work.H, head % work.H, tile * config.BLOCK_M)
+    return QueryTile(head // work.H, head % work.H, tile * OPTIONS.BLOCK_M)
 
 
 # ---- the pipeline of K and V: a stage is full at an mbarrier, and empty at a named barrier of the hardware, where the
@@ -148,37 +148,37 @@ def _stage(count, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _producer_load(desc, off_b, off_h, start_n, stages, count, EMPTY: gl.constexpr, config: gl.constexpr):
-    stage = _stage(count, config.STAGES)
-    named_barrier_sync(EMPTY + stage, 128 * config.WARPGROUPS + 32)  # mutate: acquire
+def _producer_load(desc, off_b, off_h, start_n, stages, count, EMPTY: gl.constexpr, OPTIONS: gl.constexpr):
+    stage = _stage(count, OPTIONS.STAGES)
+    named_barrier_sync(EMPTY + stage, 128 * OPTIONS.WARPGROUPS + 32)  # mutate: acquire
     mbarrier.expect(stages.full.index(stage), desc.block_type.nbytes)
     load_async(desc, [off_b, off_h, start_n, 0], stages.full.index(stage), stages.bufs.index(stage))
 
 
 @gluon.jit
-def _consumer_wait(stages, count, config: gl.constexpr, pred=True):
-    phase = (count.to(gl.uint32) // config.STAGES & 1).to(gl.int32)
-    mbarrier.wait(stages.full.index(_stage(count, config.STAGES)), phase, pred=pred)
+def _consumer_wait(stages, count, OPTIONS: gl.constexpr, pred=True):
+    phase = (count.to(gl.uint32) // OPTIONS.STAGES & 1).to(gl.int32)
+    mbarrier.wait(stages.full.index(_stage(count, OPTIONS.STAGES)), phase, pred=pred)
 
 
 @gluon.jit
-def _consumer_tile(stages, count, config: gl.constexpr):
-    return stages.bufs.index(_stage(count, config.STAGES)).reshape([config.BLOCK_N, config.BLOCK_D])
+def _consumer_tile(stages, count, OPTIONS: gl.constexpr):
+    return stages.bufs.index(_stage(count, OPTIONS.STAGES)).reshape([OPTIONS.BLOCK_N, OPTIONS.BLOCK_D])
 
 
 @gluon.jit
-def _consumer_release(count, EMPTY: gl.constexpr, config: gl.constexpr):
-    named_barrier_arrive(EMPTY + _stage(count, config.STAGES), 128 * config.WARPGROUPS + 32)
+def _consumer_release(count, EMPTY: gl.constexpr, OPTIONS: gl.constexpr):
+    named_barrier_arrive(EMPTY + _stage(count, OPTIONS.STAGES), 128 * OPTIONS.WARPGROUPS + 32)
 
 
 @gluon.jit
-def _consumer_skip(tiles, pipe, count, config: gl.constexpr):
+def _consumer_skip(tiles, pipe, count, OPTIONS: gl.constexpr):
     """Release K and V of some tiles unread."""
     for _ in range(tiles):
-        _consumer_wait(pipe.k, count, config)
-        _consumer_release(count, K_EMPTY, config)
-        _consumer_wait(pipe.v, count, config)
-        _consumer_release(count, V_EMPTY, config)
+        _consumer_wait(pipe.k, count, OPTIONS)
+        _consumer_release(count, K_EMPTY, OPTIONS)
+        _consumer_wait(pipe.v, count, OPTIONS)
+        _consumer_release(count, V_EMPTY, OPTIONS)
         count += 1
     return count
 
@@ -187,20 +187,20 @@ def _consumer_skip(tiles, pipe, count, config: gl.constexpr):
 
 
 @gluon.jit
-def _producer_schedule(q_desc, tile, more, pipe, tile_count, config: gl.constexpr):
+def _producer_schedule(q_desc, tile, more, pipe, tile_count, OPTIONS: gl.constexpr):
     """Pass the next tile of queries to the consumers, or that there is none if not `more`, once they have released its
     stage; and load its Q."""
-    stage = tile_count % config.Q_STAGES
-    for w in gl.static_range(config.WARPGROUPS):
-        i = stage * config.WARPGROUPS + w
-        mbarrier.wait(pipe.q_empty.index(i), (tile_count // config.Q_STAGES & 1) ^ 1)  # mutate: wait-q-empty
+    stage = tile_count % OPTIONS.Q_STAGES
+    for w in gl.static_range(OPTIONS.WARPGROUPS):
+        i = stage * OPTIONS.WARPGROUPS + w
+        mbarrier.wait(pipe.q_empty.index(i), (tile_count // OPTIONS.Q_STAGES & 1) ^ 1)  # mutate: wait-q-empty
     zero = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
     pipe.coordinates.index(stage * 3).store(zero + tile.off_b)
     pipe.coordinates.index(stage * 3 + 1).store(zero + tile.off_h)
     pipe.coordinates.index(stage * 3 + 2).store(zero + gl.where(more, tile.start_m, -1))
     inline_asm("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", 0)
-    for w in gl.static_range(config.WARPGROUPS):
-        i = stage * config.WARPGROUPS + w
+    for w in gl.static_range(OPTIONS.WARPGROUPS):
+        i = stage * OPTIONS.WARPGROUPS + w
         if more:
             mbarrier.expect(pipe.q.full.index(i), q_desc.block_type.nbytes)
             at = [tile.off_b, tile.off_h, tile.start_m + ROWS * w, 0]
@@ -210,26 +210,26 @@ def _producer_schedule(q_desc, tile, more, pipe, tile_count, config: gl.constexp
 
 
 @gluon.jit
-def _producer(q_desc, k_desc, v_desc, counter_ptr, log_ptr, pipe, work, config: gl.constexpr):
-    BANDED: gl.constexpr = config.LEFT or config.RIGHT
-    BLOCK_N: gl.constexpr = config.BLOCK_N
-    PREFETCH_Q: gl.constexpr = config.Q_STAGES == 2 and not BANDED  # before the last V: no counter to wait for
+def _producer(q_desc, k_desc, v_desc, counter_ptr, log_ptr, pipe, work, OPTIONS: gl.constexpr):
+    BANDED: gl.constexpr = OPTIONS.LEFT or OPTIONS.RIGHT
+    BLOCK_N: gl.constexpr = OPTIONS.BLOCK_N
+    PREFETCH_Q: gl.constexpr = OPTIONS.Q_STAGES == 2 and not BANDED  # before the last V: no counter to wait for
     kv_count = gl.to_tensor(0)
     tile_count = gl.to_tensor(0)
     item = gl.program_id(0)
     previous = gl.to_tensor(-1)
     if BANDED:
         init_log(log_ptr, work.items + item)
-    tile = _query_tile(item, work, config)
-    _producer_schedule(q_desc, tile, item < work.items, pipe, tile_count, config)
+    tile = _query_tile(item, work, OPTIONS)
+    _producer_schedule(q_desc, tile, item < work.items, pipe, tile_count, OPTIONS)
     while item < work.items:
         next_item = item + gl.num_programs(0)
         if BANDED:
             drawn = gl.to_tensor(0)
             # before the first K, behind which the consumers may mark NaN
-            number = (tile.off_b * work.H + tile.off_h) * work.row_tiles + tile.start_m // config.BLOCK_M
-            previous = append_tile(log_ptr, number, previous, config.WARPGROUPS)
-        first, last = key_tiles(tile.start_m, config.BLOCK_M, work, config)
+            number = (tile.off_b * work.H + tile.off_h) * work.row_tiles + tile.start_m // OPTIONS.BLOCK_M
+            previous = append_tile(log_ptr, number, previous, OPTIONS.WARPGROUPS)
+        first, last = key_tiles(tile.start_m, OPTIONS.BLOCK_M, work, OPTIONS)
         off_b, off_hk = tile.off_b, tile.off_h // work.GROUP
         steps = last - first + 1
         for step in range(steps):
@@ -237,22 +237,22 @@ def _producer(q_desc, k_desc, v_desc, counter_ptr, log_ptr, pipe, work, config: 
             if BANDED:  # dynamic: the first program to get here draws the next item; the answer takes its time
                 if step == gl.maximum(steps - 4, 0):
                     drawn = atomic_increment(counter_ptr)
-            _producer_load(k_desc, off_b, off_hk, start_n, pipe.k, kv_count, K_EMPTY, config)
+            _producer_load(k_desc, off_b, off_hk, start_n, pipe.k, kv_count, K_EMPTY, OPTIONS)
             if step > 0:
-                _producer_load(v_desc, off_b, off_hk, start_n + BLOCK_N, pipe.v, kv_count - 1, V_EMPTY, config)
+                _producer_load(v_desc, off_b, off_hk, start_n + BLOCK_N, pipe.v, kv_count - 1, V_EMPTY, OPTIONS)
             kv_count += 1
         if not PREFETCH_Q:
-            _producer_load(v_desc, off_b, off_hk, first * BLOCK_N, pipe.v, kv_count - 1, V_EMPTY, config)
+            _producer_load(v_desc, off_b, off_hk, first * BLOCK_N, pipe.v, kv_count - 1, V_EMPTY, OPTIONS)
         if BANDED:
             drawn = uniform(drawn)  # mutate: uniform
             # the last one resets it
             gl.store(counter_ptr, 0, mask=drawn == work.items - 1)  # mutate: reset
             next_item = gl.num_programs(0) + drawn
-        next_tile = _query_tile(next_item, work, config)
+        next_tile = _query_tile(next_item, work, OPTIONS)
         tile_count += 1
-        _producer_schedule(q_desc, next_tile, next_item < work.items, pipe, tile_count, config)
+        _producer_schedule(q_desc, next_tile, next_item < work.items, pipe, tile_count, OPTIONS)
         if PREFETCH_Q:
-            _producer_load(v_desc, off_b, off_hk, first * BLOCK_N, pipe.v, kv_count - 1, V_EMPTY, config)
+            _producer_load(v_desc, off_b, off_hk, first * BLOCK_N, pipe.v, kv_count - 1, V_EMPTY, OPTIONS)
         item, tile = next_item, next_tile
     if BANDED:
         finish_log(log_ptr, work.items + gl.program_id(0), previous)
@@ -262,11 +262,11 @@ def _producer(q_desc, k_desc, v_desc, counter_ptr, log_ptr, pipe, work, config: 
 
 
 @gluon.jit
-def _next_tile(pipe, tile_count, config: gl.constexpr, WARPGROUP: gl.constexpr):
+def _next_tile(pipe, tile_count, OPTIONS: gl.constexpr, WARPGROUP: gl.constexpr):
     """The next tile of queries, when its Q has landed."""
-    stage = tile_count % config.Q_STAGES
-    i = stage * config.WARPGROUPS + WARPGROUP
-    mbarrier.wait(pipe.q.full.index(i), tile_count // config.Q_STAGES & 1)  # mutate: wait-q-full
+    stage = tile_count % OPTIONS.Q_STAGES
+    i = stage * OPTIONS.WARPGROUPS + WARPGROUP
+    mbarrier.wait(pipe.q.full.index(i), tile_count // OPTIONS.Q_STAGES & 1)  # mutate: wait-q-full
     return QueryTile(
         _load_scalar(pipe.coordinates.index(stage * 3)), _load_scalar(pipe.coordinates.index(stage * 3 + 1)),
         _load_scalar(pipe.coordinates.index(stage * 3 + 2)),
@@ -280,91 +280,91 @@ def _load_scalar(buf):
 
 @gluon.jit
 def _first_key_tile(
-    q, k, scale, start_m, start_n, masked, kv_count, work, config: gl.constexpr, s_layout: gl.constexpr
+    q, k, scale, start_m, start_n, masked, kv_count, work, OPTIONS: gl.constexpr, s_layout: gl.constexpr
 ):
     """(weights of the first tile of keys, 0 in its second half if k is no more than the first, maxima)."""
     KEYS: gl.constexpr = k.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
     zeros = gl.zeros([ROWS, KEYS], gl.float32, layout)
     s = warpgroup_mma_wait(0, [warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)])
-    _consumer_release(kv_count, K_EMPTY, config)
+    _consumer_release(kv_count, K_EMPTY, OPTIONS)
     if masked:
-        s = mask_scores(s, start_m, start_n, work, config.LEFT, config.RIGHT, layout)
+        s = mask_scores(s, start_m, start_n, work, OPTIONS.LEFT, OPTIONS.RIGHT, layout)
     m_i = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, layout))  # mutate: lowest
-    _, m_i = running_max(s, m_i, scale, config.WARPGROUPS, layout)
+    _, m_i = running_max(s, m_i, scale, OPTIONS.WARPGROUPS, layout)
     p = exponentials(s, m_i, scale)
-    if KEYS < config.BLOCK_N:
+    if KEYS < OPTIONS.BLOCK_N:
         p = gl.convert_layout(join_columns(p, gl.zeros_like(p)), s_layout)
     return p, gl.convert_layout(m_i, gl.SliceLayout(1, s_layout))
 
 
 @gluon.jit
-def _consumer(output, scale, pipe, work, config: gl.constexpr, WARPGROUP: gl.constexpr):
+def _consumer(output, scale, pipe, work, OPTIONS: gl.constexpr, WARPGROUP: gl.constexpr):
     """One warpgroup: 64 queries of every tile."""
-    LEFT: gl.constexpr = config.LEFT
-    RIGHT: gl.constexpr = config.RIGHT
+    LEFT: gl.constexpr = OPTIONS.LEFT
+    RIGHT: gl.constexpr = OPTIONS.RIGHT
     BANDED: gl.constexpr = LEFT or RIGHT
-    BLOCK_N: gl.constexpr = config.BLOCK_N
-    BLOCK_D: gl.constexpr = config.BLOCK_D
+    BLOCK_N: gl.constexpr = OPTIONS.BLOCK_N
+    BLOCK_D: gl.constexpr = OPTIONS.BLOCK_D
     # the next tile is read before the last V is released, and a tile of keys that is not seen here: stages suffice
-    PREFETCH_TILE: gl.constexpr = BANDED and config.Q_STAGES == 2  # mutate: prefetch
-    gl.static_assert(not PREFETCH_TILE or config.STAGES >= 2 and BLOCK_N >= config.BLOCK_M - ROWS)
+    PREFETCH_TILE: gl.constexpr = BANDED and OPTIONS.Q_STAGES == 2  # mutate: prefetch
+    gl.static_assert(not PREFETCH_TILE or OPTIONS.STAGES >= 2 and BLOCK_N >= OPTIONS.BLOCK_M - ROWS)
     dtype: gl.constexpr = pipe.q.bufs.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, k_width=2)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     o_buf = output.bufs.index(WARPGROUP)
-    for i in gl.static_range(config.STAGES):
-        _consumer_release(i, K_EMPTY, config)
-        _consumer_release(i, V_EMPTY, config)  # mutate: init-v
+    for i in gl.static_range(OPTIONS.STAGES):
+        _consumer_release(i, K_EMPTY, OPTIONS)
+        _consumer_release(i, V_EMPTY, OPTIONS)  # mutate: init-v
     kv_count = gl.to_tensor(0)
     tile_count = gl.to_tensor(0)
-    tile = _next_tile(pipe, tile_count, config, WARPGROUP)
+    tile = _next_tile(pipe, tile_count, OPTIONS, WARPGROUP)
     while tile.start_m >= 0:
-        q_stage = tile_count % config.Q_STAGES * config.WARPGROUPS + WARPGROUP
+        q_stage = tile_count % OPTIONS.Q_STAGES * OPTIONS.WARPGROUPS + WARPGROUP
         q = pipe.q.bufs.index(q_stage).reshape([ROWS, BLOCK_D])
         start_m = tile.start_m + ROWS * WARPGROUP
-        first, last = key_tiles(tile.start_m, config.BLOCK_M, work, config)
+        first, last = key_tiles(tile.start_m, OPTIONS.BLOCK_M, work, OPTIONS)
         own_first, own_last = first, last
         if BANDED:
-            own_first, own_last = key_tiles(start_m, ROWS, work, config)
+            own_first, own_last = key_tiles(start_m, ROWS, work, OPTIONS)
             own_first, own_last = gl.maximum(own_first, first), gl.maximum(own_last, first)
-            kv_count = _consumer_skip(last - own_last, pipe, kv_count, config)  # mutate: skip
+            kv_count = _consumer_skip(last - own_last, pipe, kv_count, OPTIONS)  # mutate: skip
 
-        _consumer_wait(pipe.k, kv_count, config)
-        k = _consumer_tile(pipe.k, kv_count, config)
-        if config.HALF_FIRST and WARPGROUP == 0:  # mutate: half
+        _consumer_wait(pipe.k, kv_count, OPTIONS)
+        k = _consumer_tile(pipe.k, kv_count, OPTIONS)
+        if OPTIONS.HALF_FIRST and WARPGROUP == 0:  # mutate: half
             k = k.slice(0, ROWS, dim=0)
         masked = BANDED or (own_last + 1) * BLOCK_N > work.N
-        p, m_i = _first_key_tile(q, k, scale, start_m, own_last * BLOCK_N, masked, kv_count, work, config, s_layout)
+        p, m_i = _first_key_tile(q, k, scale, start_m, own_last * BLOCK_N, masked, kv_count, work, OPTIONS, s_layout)
         l_i = partial_sums(p)
         p_16 = gl.convert_layout(p.to(dtype), p_layout)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
         kv_count += 1
-        _consumer_wait(pipe.k, kv_count, config, own_first < own_last)
+        _consumer_wait(pipe.k, kv_count, OPTIONS, own_first < own_last)
 
         for step in range(1, own_last - own_first + 1):
-            k_t = _consumer_tile(pipe.k, kv_count, config).permute((1, 0))
+            k_t = _consumer_tile(pipe.k, kv_count, OPTIONS).permute((1, 0))
             s_token = warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)
-            _consumer_wait(pipe.v, kv_count - 1, config)  # mutate: wait-v
-            o_token = warpgroup_mma(p_16, _consumer_tile(pipe.v, kv_count - 1, config), acc, is_async=True)
+            _consumer_wait(pipe.v, kv_count - 1, OPTIONS)  # mutate: wait-v
+            o_token = warpgroup_mma(p_16, _consumer_tile(pipe.v, kv_count - 1, OPTIONS), acc, is_async=True)
             s = warpgroup_mma_wait(1, [s_token])
-            _consumer_release(kv_count, K_EMPTY, config)  # mutate: release-k
-            if config.INNER_MASK or BLOCK_D > 64:
+            _consumer_release(kv_count, K_EMPTY, OPTIONS)  # mutate: release-k
+            if OPTIONS.INNER_MASK or BLOCK_D > 64:
                 start_n = (own_last - step) * BLOCK_N
                 # without a mask never true, but ptxas cannot know
-                edge = gl.to_tensor(False) if config.INNER_MASK else start_n + BLOCK_N > work.N
-                if config.INNER_MASK and RIGHT:
+                edge = gl.to_tensor(False) if OPTIONS.INNER_MASK else start_n + BLOCK_N > work.N
+                if OPTIONS.INNER_MASK and RIGHT:
                     edge = edge | (start_n + (BLOCK_N - 1) > start_m + work.right)
-                if config.INNER_MASK and LEFT:
+                if OPTIONS.INNER_MASK and LEFT:
                     edge = edge | (start_n < start_m + (ROWS - 1) + work.left)
                 if edge:
                     s = mask_scores(
-                        s, start_m, start_n, work, config.INNER_MASK and LEFT, config.INNER_MASK and RIGHT, s_layout
+                        s, start_m, start_n, work, OPTIONS.INNER_MASK and LEFT, OPTIONS.INNER_MASK and RIGHT, s_layout
                     )
-            alpha, m_i = running_max(s, m_i, scale, config.WARPGROUPS, s_layout)
-            if config.WARPGROUPS == 2:
+            alpha, m_i = running_max(s, m_i, scale, OPTIONS.WARPGROUPS, s_layout)
+            if OPTIONS.WARPGROUPS == 2:
                 s_0, s_1 = split_columns(s)
                 p_0 = exponentials(s_0, m_i, scale)
             else:
@@ -372,19 +372,19 @@ def _consumer(output, scale, pipe, work, config: gl.constexpr, WARPGROUP: gl.con
                 l_i = l_i * broadcast_rows(alpha, l_i) + partial_sums(p)
             kv_count += 1
             # here: it keeps the wait for P V below the softmax
-            _consumer_wait(pipe.k, kv_count, config, step < own_last - own_first)  # mutate: wait-k
+            _consumer_wait(pipe.k, kv_count, OPTIONS, step < own_last - own_first)  # mutate: wait-k
             acc = warpgroup_mma_wait(0, [o_token])
-            _consumer_release(kv_count - 2, V_EMPTY, config)  # mutate: release-v
+            _consumer_release(kv_count - 2, V_EMPTY, OPTIONS)  # mutate: release-v
             acc = rescale(acc, broadcast_rows(alpha, acc))
-            if config.WARPGROUPS == 2:
+            if OPTIONS.WARPGROUPS == 2:
                 p = gl.convert_layout(join_columns(p_0, exponentials(s_1, m_i, scale)), s_layout)  # mutate: join
                 l_i = l_i * broadcast_rows(alpha, l_i) + partial_sums(p)
             p_16 = gl.convert_layout(p.to(dtype), p_layout)
-        if config.Q_STAGES == 2:
+        if OPTIONS.Q_STAGES == 2:
             mbarrier.arrive(pipe.q_empty.index(q_stage), count=1)
 
-        _consumer_wait(pipe.v, kv_count - 1, config)
-        o_token = warpgroup_mma(p_16, _consumer_tile(pipe.v, kv_count - 1, config), acc, is_async=True)
+        _consumer_wait(pipe.v, kv_count - 1, OPTIONS)
+        o_token = warpgroup_mma(p_16, _consumer_tile(pipe.v, kv_count - 1, OPTIONS), acc, is_async=True)
         offs_m = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
         l_i = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, s_layout))
         lse = m_i * LN2 + gl.log(l_i)
@@ -393,11 +393,11 @@ def _consumer(output, scale, pipe, work, config: gl.constexpr, WARPGROUP: gl.con
         inverse = 1.0 / gl.where(l_i == 0.0, 1.0, l_i)
         tile_count += 1
         if PREFETCH_TILE:
-            next_tile = _next_tile(pipe, tile_count, config, WARPGROUP)
+            next_tile = _next_tile(pipe, tile_count, OPTIONS, WARPGROUP)
         acc = warpgroup_mma_wait(0, [o_token])
-        _consumer_release(kv_count - 1, V_EMPTY, config)  # mutate: release-last-v
+        _consumer_release(kv_count - 1, V_EMPTY, OPTIONS)  # mutate: release-last-v
         if BANDED:
-            kv_count = _consumer_skip(own_first - first, pipe, kv_count, config)
+            kv_count = _consumer_skip(own_first - first, pipe, kv_count, OPTIONS)
 
         acc = acc * broadcast_rows(inverse, acc)
         acc_16 = acc.to(dtype)
@@ -406,14 +406,14 @@ def _consumer(output, scale, pipe, work, config: gl.constexpr, WARPGROUP: gl.con
         o_buf.reshape([ROWS, BLOCK_D]).store(acc_16)
         fence_async_shared()
         store_async(output.desc, [tile.off_b, tile.off_h, start_m, 0], o_buf)
-        if config.Q_STAGES == 1:  # from the buffer of Q
+        if OPTIONS.Q_STAGES == 1:  # from the buffer of Q
             tma.store_wait(0)  # mutate: wait-o-in-q
             mbarrier.arrive(pipe.q_empty.index(q_stage), count=1)
         if BANDED:
-            entry_ptr = output.log_ptr + ((head * work.row_tiles + tile.start_m // config.BLOCK_M) * 4 + WARPGROUP)
+            entry_ptr = output.log_ptr + ((head * work.row_tiles + tile.start_m // OPTIONS.BLOCK_M) * 4 + WARPGROUP)
             mark_nan(acc_16, entry_ptr, output.log_ptr + 4 * (work.items + ctaid()))
         if not PREFETCH_TILE:
-            next_tile = _next_tile(pipe, tile_count, config, WARPGROUP)
+            next_tile = _next_tile(pipe, tile_count, OPTIONS, WARPGROUP)
         tile = next_tile
     store_wait_complete()
 
@@ -452,7 +452,7 @@ def _forward_kernel(
         mbarrier.init(v_full.index(i), count=1)
     fence_async_shared()
 
-    config: gl.constexpr = Config(
+    OPTIONS: gl.constexpr = Options(
         LEFT, RIGHT, INNER_MASK, HALF_FIRST, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, WARPGROUPS
     )
     work = Work(items, row_tiles, heads, section, H, GROUP, M, N, left, right)
@@ -460,21 +460,21 @@ def _forward_kernel(
     output = Output(o_desc, o_bufs, lse_ptr, log_ptr)
     if WARPGROUPS == 2:
         gl.warp_specialize([
-            (_consumer, (output, scale, pipe, work, config, 0)),
-            (_consumer, (output, scale, pipe, work, config, 1)),
-            (_producer, (q_desc, k_desc, v_desc, counter_ptr, log_ptr, pipe, work, config)),
+            (_consumer, (output, scale, pipe, work, OPTIONS, 0)),
+            (_consumer, (output, scale, pipe, work, OPTIONS, 1)),
+            (_producer, (q_desc, k_desc, v_desc, counter_ptr, log_ptr, pipe, work, OPTIONS)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
-            (_consumer, (output, scale, pipe, work, config, 0)),
-            (_consumer, (output, scale, pipe, work, config, 1)),
-            (_consumer, (output, scale, pipe, work, config, 2)),
-            (_producer, (q_desc, k_desc, v_desc, counter_ptr, log_ptr, pipe, work, config)),
+            (_consumer, (output, scale, pipe, work, OPTIONS, 0)),
+            (_consumer, (output, scale, pipe, work, OPTIONS, 1)),
+            (_consumer, (output, scale, pipe, work, OPTIONS, 2)),
+            (_producer, (q_desc, k_desc, v_desc, counter_ptr, log_ptr, pipe, work, OPTIONS)),
         ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])
     if LEFT or RIGHT:
         o_buf = o_bufs.index(0) if Q_STAGES == 2 else k_bufs.index(1)
         bufs = RepairBuffers(q_bufs.index(0), k_bufs.index(0), v_bufs.index(0), o_buf, repair_full)
-        repair(q_desc, k_desc, v_desc, o_desc, lse_ptr, log_ptr, scale, bufs, work, config)
+        repair(q_desc, k_desc, v_desc, o_desc, lse_ptr, log_ptr, scale, bufs, work, OPTIONS)
 
 
 def refuses(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n):

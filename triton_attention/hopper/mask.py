@@ -20,14 +20,14 @@ def halves_first_tile(left, right, M, N):
 
 
 @gluon.jit
-def key_tiles(start_m, SIZE: gl.constexpr, work, config: gl.constexpr):
+def key_tiles(start_m, SIZE: gl.constexpr, work, OPTIONS: gl.constexpr):
     """(first, last) tile of keys that SIZE queries from start_m see: one at least."""
     first_n, last_n = gl.to_tensor(0), opaque(work.N) - 1
-    if config.RIGHT:
+    if OPTIONS.RIGHT:
         last_n = gl.maximum(gl.minimum(last_n, opaque(start_m + (SIZE - 1)) + work.right), 0)
-    if config.LEFT:
+    if OPTIONS.LEFT:
         first_n = gl.maximum(gl.minimum(start_m + work.left, last_n), 0)
-    return first_n // config.BLOCK_N, last_n // config.BLOCK_N
+    return first_n // OPTIONS.BLOCK_N, last_n // OPTIONS.BLOCK_N
 
 
 @gluon.jit

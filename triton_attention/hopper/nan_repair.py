@@ -73,20 +73,20 @@ def _load(desc, off_b, off_h, start, buf, full, load_count):
 
 @gluon.jit
 def _recompute(
-    q_desc, k_desc, v_desc, o_desc, lse_ptr, scale, bufs, work, tile, warpgroup, load_count, config: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, scale, bufs, work, tile, warpgroup, load_count, OPTIONS: gl.constexpr,
 ):
     """O of 64 queries by four warps: of the finite values of V, then + inf or NaN where a query sees inf or NaN, then
     - inf or NaN where it sees -inf or NaN."""
-    LEFT: gl.constexpr = config.LEFT
-    RIGHT: gl.constexpr = config.RIGHT
-    BLOCK_N: gl.constexpr = config.BLOCK_N
-    BLOCK_D: gl.constexpr = config.BLOCK_D
+    LEFT: gl.constexpr = OPTIONS.LEFT
+    RIGHT: gl.constexpr = OPTIONS.RIGHT
+    BLOCK_N: gl.constexpr = OPTIONS.BLOCK_N
+    BLOCK_D: gl.constexpr = OPTIONS.BLOCK_D
     dtype: gl.constexpr = bufs.k.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     COLUMNS: gl.constexpr = 128 if BLOCK_D == 256 else BLOCK_D  # of O and V at a time, for want of registers
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, k_width=2)
-    head, start_m = tile // work.row_tiles, tile % work.row_tiles * config.BLOCK_M + ROWS * warpgroup
+    head, start_m = tile // work.row_tiles, tile % work.row_tiles * OPTIONS.BLOCK_M + ROWS * warpgroup
     off_b, off_h = head // work.H, head % work.H
     q, k = bufs.q.reshape([ROWS, BLOCK_D]), bufs.k.reshape([BLOCK_N, BLOCK_D])
     v, o = bufs.v.reshape([BLOCK_N, BLOCK_D]), bufs.o.reshape([ROWS, BLOCK_D])
@@ -94,7 +94,7 @@ def _recompute(
     offs_m = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
     lse = gl.load(lse_ptr + head.to(gl.int64) * opaque(work.M) + offs_m, mask=offs_m < work.M, other=0.0)
     lse_2 = gl.expand_dims(gl.where(lse == float("-inf"), 0.0, lse * LOG2E), 1)
-    first, last = key_tiles(start_m, ROWS, work, config)
+    first, last = key_tiles(start_m, ROWS, work, OPTIONS)
     load_count = _load(q_desc, off_b, off_h, start_m, bufs.q, bufs.full, load_count)
     for part in gl.static_range(3 * BLOCK_D // COLUMNS):
         v_part = v.slice(part // 3 * COLUMNS, COLUMNS, dim=1)
@@ -132,16 +132,16 @@ def _recompute(
 
 
 @gluon.jit
-def repair(q_desc, k_desc, v_desc, o_desc, lse_ptr, log_ptr, scale, bufs, work, config: gl.constexpr):
+def repair(q_desc, k_desc, v_desc, o_desc, lse_ptr, log_ptr, scale, bufs, work, OPTIONS: gl.constexpr):
     """Recompute what is marked in the log of this program, all of whose warps have finished."""
     entry_ptr = log_ptr + 4 * (work.items + ctaid())
     if gl.load(entry_ptr) > 0:
         load_count = gl.to_tensor(0)
         tile = gl.load(entry_ptr + 3)
         while tile >= 0:
-            for warpgroup in range(config.BLOCK_M // ROWS):
+            for warpgroup in range(OPTIONS.BLOCK_M // ROWS):
                 if gl.load(log_ptr + tile * 4 + warpgroup) > 0:
                     load_count = _recompute(
-                        q_desc, k_desc, v_desc, o_desc, lse_ptr, scale, bufs, work, tile, warpgroup, load_count, config
+                        q_desc, k_desc, v_desc, o_desc, lse_ptr, scale, bufs, work, tile, warpgroup, load_count, OPTIONS
                     )
             tile = gl.load(log_ptr + tile * 4 + 3)

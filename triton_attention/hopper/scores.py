@@ -1,7 +1,7 @@
 """S = scale * Q K^T on Hopper: the scores of two query tiles at once, so that one is stored while the other multiplies.
 
 The plain kernel (triton_attention_scores.py) waits for its dot, then stores, then starts the next dot: tensor cores and
-memory alternate. Here a program keeps one tile of keys in shared memory and two warpgroups walk over the queries:
+memory alternate. Here a program keeps one tile of keys in shared memory and two warpgroups share the queries:
 
     warpgroup 0    load q0   S0 = q0 K^T   store S0   S2 = q2 K^T   store S2   ...
     warpgroup 1    load q1       ...       S1 = q1 K^T   store S1   S3 = q3 K^T   ...
@@ -12,6 +12,8 @@ accelerator (TMA) moves whole tiles in and out, asynchronously, clips them at th
 What was measured: NOTES.md. Gluon (triton.experimental.gluon) is Triton's lower-level language: layouts, barriers and
 copies are explicit.
 """
+
+from typing import NamedTuple
 
 import triton
 from triton.experimental import gluon
@@ -27,43 +29,60 @@ from triton_attention.tile_choice import tile_for
 MIN_WORK = 1 << 26  # elements of S from which the GPU is busy for longer than the host with its descriptors
 
 
-@gluon.jit
-def _load_queries(q_desc, q_bufs, q_full, slot, off_b, off_h, start_m, wanted):
-    mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes, pred=wanted)
-    load_async(q_desc, [off_b, off_h, start_m, 0], q_full.index(slot), q_bufs.index(slot), pred=wanted)
+class Buffers(NamedTuple):
+    """Shared memory: of Q a few stages a warpgroup, of S one, each with the mbarrier of its loads."""
+
+    q: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    s: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    k_full: gl.shared_memory_descriptor
+
+
+class Work(NamedTuple):
+    """The tiles of S of a program, one below the other."""
+
+    off_b: gl.tensor
+    off_h: gl.tensor
+    first_m: gl.tensor
+    start_n: gl.tensor
+    tiles: gl.tensor
 
 
 @gluon.jit
-def _walk_queries(
-    q_desc, s_desc, q_bufs, k_buf, s_bufs, q_full, k_full,
-    scale, off_b, off_h, first_m, start_n, tiles,
+def _load_q(q_desc, bufs, stage, work, tile, BLOCK_M: gl.constexpr):
+    at, pred = [work.off_b, work.off_h, work.first_m + tile * BLOCK_M, 0], tile < work.tiles
+    mbarrier.expect(bufs.q_full.index(stage), q_desc.block_type.nbytes, pred=pred)
+    load_async(q_desc, at, bufs.q_full.index(stage), bufs.q.index(stage), pred=pred)
+
+
+@gluon.jit
+def _warpgroup(
+    q_desc, s_desc, bufs, scale, work,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, WARPGROUP: gl.constexpr,
 ):
-    """One warpgroup: every second query tile, from the load over the dot to the store."""
+    """Every second query tile, from the load over the dot to the store."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     zeros = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
-    s_buf = s_bufs.index(WARPGROUP)
-    for ahead in gl.static_range(STAGES - 1):
-        first = WARPGROUP + 2 * ahead
-        slot = WARPGROUP * STAGES + ahead
-        _load_queries(q_desc, q_bufs, q_full, slot, off_b, off_h, first_m + first * BLOCK_M, first < tiles)
-    mbarrier.wait(k_full, 0)
-    k_t = k_buf.reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
+    s_buf = bufs.s.index(WARPGROUP)
+    for i in gl.static_range(STAGES - 1):
+        _load_q(q_desc, bufs, WARPGROUP * STAGES + i, work, WARPGROUP + 2 * i, BLOCK_M)
+    mbarrier.wait(bufs.k_full, 0)
+    k_t = bufs.k.reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
     step = 0
-    for tile in range(WARPGROUP, tiles, 2):
-        later = tile + 2 * (STAGES - 1)
-        free = WARPGROUP * STAGES + (step + STAGES - 1) % STAGES
-        _load_queries(q_desc, q_bufs, q_full, free, off_b, off_h, first_m + later * BLOCK_M, later < tiles)
+    for tile in range(WARPGROUP, work.tiles, 2):
+        prefetched = tile + 2 * (STAGES - 1)
+        _load_q(q_desc, bufs, WARPGROUP * STAGES + (step + STAGES - 1) % STAGES, work, prefetched, BLOCK_M)
 
-        slot = WARPGROUP * STAGES + step % STAGES
-        mbarrier.wait(q_full.index(slot), step // STAGES & 1)
-        q = q_bufs.index(slot).reshape([BLOCK_M, BLOCK_D])
+        stage = WARPGROUP * STAGES + step % STAGES
+        mbarrier.wait(bufs.q_full.index(stage), step // STAGES & 1)
+        q = bufs.q.index(stage).reshape([BLOCK_M, BLOCK_D])
         s = warpgroup_mma_wait(0, [warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)])
 
         tma.store_wait(0)  # the previous tile has left s_buf
         s_buf.reshape([BLOCK_M, BLOCK_N]).store((s * scale).to(s_desc.dtype))
         fence_async_shared()
-        store_async(s_desc, [off_b, off_h, first_m + tile * BLOCK_M, start_n], s_buf)
+        store_async(s_desc, [work.off_b, work.off_h, work.first_m + tile * BLOCK_M, work.start_n], s_buf)
         step += 1
     tma.store_wait(0)
 
@@ -88,17 +107,17 @@ def _scores_hopper_kernel(
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(k_full, count=1)
-    for slot in gl.static_range(2 * STAGES):
-        mbarrier.init(q_full.index(slot), count=1)
+    for i in gl.static_range(2 * STAGES):
+        mbarrier.init(q_full.index(i), count=1)
     fence_async_shared()
 
     mbarrier.expect(k_full, k_desc.block_type.nbytes)
     load_async(k_desc, [off_b, off_h // GROUP, start_n, 0], k_full, k_buf)
+    bufs = Buffers(q_bufs, k_buf, s_bufs, q_full, k_full)
+    work = Work(off_b, off_h, first_m, start_n, tiles)
     gl.warp_specialize([
-        (_walk_queries, (q_desc, s_desc, q_bufs, k_buf, s_bufs, q_full, k_full, scale, off_b, off_h, first_m, start_n,
-                         tiles, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 0)),
-        (_walk_queries, (q_desc, s_desc, q_bufs, k_buf, s_bufs, q_full, k_full, scale, off_b, off_h, first_m, start_n,
-                         tiles, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 1)),
+        (_warpgroup, (q_desc, s_desc, bufs, scale, work, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 0)),
+        (_warpgroup, (q_desc, s_desc, bufs, scale, work, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, 1)),
     ], [4], [WORKER_REGISTERS])
 
 
