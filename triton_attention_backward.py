@@ -6,9 +6,8 @@
       +----+    +----+----+    at a time         dO * O, two small tensors, and dP never leaves the registers
 
 Bytes that must move per element of S: 2 (read P, write dS) instead of 6. The identity is FlashAttention's (Dao et al.,
-2022, appendix B.2); attention_staged uses it for 16-bit inputs
-where no dropout, no gradient of the weights or of a mask and no second derivative is in the way. In float32
-dP - rowsum(dO * O) loses digits that dP - rowsum(P * dP) keeps.
+2022, appendix B.2); attention_staged uses it for 16-bit inputs where no dropout, no gradient of the weights or of a
+mask and no second derivative is in the way. In float32 dP - rowsum(dO * O) loses digits that dP - rowsum(P * dP) keeps.
 """
 
 import torch
@@ -18,13 +17,13 @@ import triton
 import triton.language as tl
 
 from triton_attention.launch import launch
-from triton_attention.operators import Function, define_op, differentiate, fold, unfold
+from triton_attention.operators import Function, define_op, differentiate
 from triton_attention.softmax_backward import MaskGradient, SoftmaxBackward
-from triton_attention.tile_choice import compile_options, dot_precision, tile_for
+from triton_attention.tile_choice import TUNED, compile_options, dot_precision, tile_for
 from triton_attention.tiles import dot, head_ptr, load_tile, split_program, store_tile
-from triton_attention_scores import Scores, scores_op
+from triton_attention_scores import dot_products, scores_op
 from triton_attention_softmax import softmax_op
-from triton_attention_values import Values, values_op
+from triton_attention_values import product, transposed_product, values_op
 
 
 @triton.jit
@@ -41,20 +40,18 @@ def _dscores_kernel(
     row_tiles, spans = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N * SPAN)
     tile, off_b, off_h = split_program(tl.program_id(0), row_tiles * spans, H)
     start_m, first_n = tile // spans * BLOCK_M, tile % spans * (BLOCK_N * SPAN)
-    do_ptr = head_ptr(do_ptr, stride_gb, stride_gh, off_b, off_h)
-    o_ptr = head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h)
-    v_ptr = head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_h // GROUP)
-    p_ptr = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h)
-    ds_ptr = head_ptr(ds_ptr, stride_sb, stride_sh, off_b, off_h)
+    DO = (head_ptr(do_ptr, stride_gb, stride_gh, off_b, off_h), (stride_gm, stride_gd), (M, D))
+    OUT = (head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h), (stride_om, stride_od), (M, D))
+    V_T = (head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_h // GROUP), (stride_vd, stride_vn), (D, N))
+    P = (head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h), (stride_pm, stride_pn), (M, N))
+    DS = (head_ptr(ds_ptr, stride_sb, stride_sh, off_b, off_h), (stride_sm, stride_sn), (M, N))
     ACC: tl.constexpr = tl.float64 if p_ptr.dtype.element_ty == tl.float64 else tl.float32
 
     offs_m, offs_d = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    do = load_tile(do_ptr, (stride_gm, stride_gd), (M, D), offs_m, offs_d)
-    o = load_tile(o_ptr, (stride_om, stride_od), (M, D), offs_m, offs_d)
+    do, o = load_tile(*DO, offs_m, offs_d), load_tile(*OUT, offs_m, offs_d)
     delta = tl.sum(do.to(ACC) * o.to(ACC), 1)
     for start_d in range(BLOCK_D, D, BLOCK_D):  # only heads wider than BLOCK_D
-        do_e = load_tile(do_ptr, (stride_gm, stride_gd), (M, D), offs_m, start_d + offs_d)
-        o_e = load_tile(o_ptr, (stride_om, stride_od), (M, D), offs_m, start_d + offs_d)
+        do_e, o_e = load_tile(*DO, offs_m, start_d + offs_d), load_tile(*OUT, offs_m, start_d + offs_d)
         delta += tl.sum(do_e.to(ACC) * o_e.to(ACC), 1)
 
     last_n = tl.minimum(first_n + BLOCK_N * SPAN, N)
@@ -63,16 +60,14 @@ def _dscores_kernel(
         end_n = tl.maximum(tl.minimum(last_n, start_m + BLOCK_M + diagonal), first_n)
     for start_n in range(first_n, end_n, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        p = load_tile(p_ptr, (stride_pm, stride_pn), (M, N), offs_m, offs_n).to(ACC)
-        v_t = load_tile(v_ptr, (stride_vd, stride_vn), (D, N), offs_d, offs_n)
+        p, v_t = load_tile(*P, offs_m, offs_n).to(ACC), load_tile(*V_T, offs_d, offs_n)
         dp = dot(do, v_t, tl.zeros([BLOCK_M, BLOCK_N], ACC), PRECISION)
         for start_d in range(BLOCK_D, D, BLOCK_D):
-            do_e = load_tile(do_ptr, (stride_gm, stride_gd), (M, D), offs_m, start_d + offs_d)
-            v_e = load_tile(v_ptr, (stride_vd, stride_vn), (D, N), start_d + offs_d, offs_n)
+            do_e, v_e = load_tile(*DO, offs_m, start_d + offs_d), load_tile(*V_T, start_d + offs_d, offs_n)
             dp = dot(do_e, v_e, dp, PRECISION)
         # P is zero above the diagonal; a masked key cannot bring in its NaN
         ds = tl.where(p == 0.0, 0.0, p * (dp - delta[:, None]))
-        store_tile(ds_ptr, (stride_sm, stride_sn), (M, N), offs_m, offs_n, ds)
+        store_tile(*DS, offs_m, offs_n, ds)
 
 
 @define_op("dscores", fake=lambda do, o, v, probs, diagonal: probs.new_empty(probs.shape))
@@ -105,9 +100,10 @@ class Staged(Function):
 
     @staticmethod
     def forward(q, k, v, mask, diagonal, scale, out_dtype):
-        scores = scores_op(q, k, scale, diagonal, None, None, None)
-        probs = softmax_op(scores, mask, diagonal, None, None)
-        return values_op(probs, v, diagonal, q.shape[1], False, 1.0, out_dtype, None, None), probs
+        fill, heads, transposed, factor = None, q.shape[1], False, 1.0
+        scores = scores_op(q, k, scale, diagonal, fill, *TUNED)
+        probs = softmax_op(scores, mask, diagonal, *TUNED)
+        return values_op(probs, v, diagonal, heads, transposed, factor, out_dtype, *TUNED), probs
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -126,24 +122,19 @@ class Staged(Function):
         if do is not None:
             do = do.to(v.dtype)
             if needs_v:
-                dv = differentiate(Values, probs, do, diagonal, v.shape[1], True, 1.0, None, None)
+                dv = transposed_product(probs, do, v.shape[1], diagonal=diagonal)
         if not (needs_q or needs_k or needs_mask) or (do is None and dprobs is None):
             return None, None, dv, None, None, None, None
         if dprobs is None and not needs_mask and out.dtype != v.dtype and not torch.is_grad_enabled():
             ds = dscores_op(do, out, v, probs, diagonal)
         else:  # one stage after the other
-            dp = None if do is None else differentiate(Scores, do, v, 1.0, diagonal, 0.0, None, None)
+            dp = None if do is None else dot_products(do, v, scale=1.0, diagonal=diagonal, fill=0.0)
             dp = dprobs if dp is None else dp if dprobs is None else dp + dprobs
             ds = differentiate(SoftmaxBackward, probs, dp, diagonal)
         if needs_q:
-            dq = differentiate(Values, ds, k, diagonal, q.shape[1], False, ctx.scale, None, None)
+            dq = product(ds, k, scale=ctx.scale, diagonal=diagonal)
         if needs_k:
-            dk = differentiate(Values, ds, q, diagonal, k.shape[1], True, ctx.scale, None, None)
+            dk = transposed_product(ds, q, k.shape[1], scale=ctx.scale, diagonal=diagonal)
         if needs_mask:
             dmask = differentiate(MaskGradient, ds, ctx.mask_shape, ctx.mask_dtype)
         return dq, dk, dv, dmask, None, None, None
-
-    @staticmethod
-    def vmap(info, in_dims, q, k, v, mask, *options):
-        out, probs = differentiate(Staged, *fold(info, in_dims, q, k, v, mask), *options)
-        return (unfold(info, out), unfold(info, probs)), (0, 0)

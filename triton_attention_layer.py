@@ -20,16 +20,18 @@ from triton_attention.checks import (
 )
 from triton_attention.device import DEVICE, INTERPRETED
 from triton_attention.operators import asks_gradient, differentiate, must_dispatch, replayable
-from triton_attention.tile_choice import ONE_PASS
+from triton_attention.softmax_mean import softmax_mean_op
+from triton_attention.tile_choice import ONE_PASS, TUNED
 from triton_attention_backward import Staged
 from triton_attention_fused import MAX_HEAD_DIM, attention_fused
-from triton_attention_scores import Scores, scores_op
-from triton_attention_softmax import softmax_dropout, softmax_mean_op
-from triton_attention_values import Values, values_op
+from triton_attention_scores import dot_products, scores_op
+from triton_attention_softmax import softmax_dropout
+from triton_attention_values import product, values_op
 
 KERNELS_RUN_ON = ("cpu", "cuda", "xpu", "meta") if INTERPRETED else ("cuda", "xpu")
 
 
+@replayable
 def attention_staged(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
@@ -52,12 +54,19 @@ def attention_staged(
     Raises:
         TypeError: an argument of another type or dtype. ValueError: a shape, a value or a device.
     """
-    return _attend(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    q, k, v, mask, diagonal, scale, dropout_p = _checked(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if dropout_p > 0.0:
+        scores = dot_products(q, k, scale=scale, diagonal=diagonal)
+        probs = softmax_dropout(scores, mask, diagonal, dropout_p)
+        return product(probs, v, diagonal=diagonal), probs
+    tensors = (q, k, v, mask)
+    wide = q.dtype.itemsize == 2 and (asks_gradient(tensors) or torch.is_grad_enabled() and must_dispatch(tensors))
+    out, probs = differentiate(Staged, q, k, v, mask, diagonal, scale, torch.float32 if wide else q.dtype)
+    return out.to(q.dtype), probs
 
 
-@replayable
-def _attend(q, k, v, attn_mask, dropout_p, is_causal=False, scale=None, enable_gqa=True, average=False):
-    """attention_staged; with average the weights come as their mean over the heads, [B, M, N]."""
+def _checked(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    """The arguments of attention_staged as the operators take them: (q, k, v, mask, diagonal, scale, dropout_p)."""
     q, k, v = autocast(q, k, v)
     check_tensors(q=q, k=k, v=v)
     (B, H, M, D), (Hk, N) = q.shape, k.shape[1:3]
@@ -66,27 +75,32 @@ def _attend(q, k, v, attn_mask, dropout_p, is_causal=False, scale=None, enable_g
     check_flag("enable_gqa", enable_gqa)
     check_heads("k", Hk, H, enable_gqa)
     mask, diagonal = check_mask(attn_mask, is_causal, (B, H, M, N), q.device)
-    scale, dropout_p = check_scale(scale, D), check_dropout(dropout_p)
+    return q, k, v, mask, diagonal, check_scale(scale, D), check_dropout(dropout_p)
 
-    if dropout_p > 0.0:
-        scores = differentiate(Scores, q, k, scale, diagonal, None, None, None)
-        probs = softmax_dropout(scores, mask, diagonal, dropout_p)
-        out = differentiate(Values, probs, v, diagonal, H, False, 1.0, None, None)
-    elif average and not torch.is_grad_enabled() and N <= ONE_PASS // 2 and not must_dispatch((q, k, v)):
-        # inference: the mean from the registers that hold the rows, without reading P again
-        probs, mean = softmax_mean_op(scores_op(q, k, scale, diagonal, None, None, None), mask, diagonal)
-        return values_op(probs, v, diagonal, H, False, 1.0, v.dtype, None, None), mean
-    else:
-        tensors = (q, k, v, mask)
-        wide = q.dtype.itemsize == 2 and (asks_gradient(tensors) or torch.is_grad_enabled() and must_dispatch(tensors))
-        out, probs = differentiate(Staged, q, k, v, mask, diagonal, scale, torch.float32 if wide else q.dtype)
-        out = out.to(q.dtype)
-    return out, probs.mean(dim=1) if average else probs
+
+def _attend_and_average(q, k, v, mask, dropout_p):
+    """attention_staged with the mean of the weights over the heads, [B, M, N]."""
+    if not torch.is_grad_enabled() and dropout_p == 0.0 and k.shape[2] <= ONE_PASS // 2:
+        return _infer_with_mean(q, k, v, mask)
+    out, probs = attention_staged(q, k, v, mask, dropout_p, enable_gqa=True)
+    return out, probs.mean(dim=1)
+
+
+@replayable
+def _infer_with_mean(q, k, v, attn_mask):
+    """_attend_and_average without a gradient: the mean from the registers that hold the rows of P."""
+    if must_dispatch((q, k, v)):  # that operator has neither derivative nor vmap
+        out, probs = attention_staged(q, k, v, attn_mask, enable_gqa=True)
+        return out, probs.mean(dim=1)
+    q, k, v, mask, diagonal, scale, _ = _checked(q, k, v, attn_mask, 0.0, False, None, True)
+    fill, heads, transposed, factor = None, q.shape[1], False, 1.0
+    probs, mean = softmax_mean_op(scores_op(q, k, scale, diagonal, fill, *TUNED), mask, diagonal)
+    return values_op(probs, v, diagonal, heads, transposed, factor, v.dtype, *TUNED), mean
 
 
 def _attend_by_torch(q, k, v, mask, dropout_p, average=False):
-    """_attend on a device without kernels (model.cpu() in a process with a GPU), by operations of torch, in float32
-    for 16 bits."""
+    """attention_staged on a device without kernels (model.cpu() in a process with a GPU), by operations of torch, in
+    float32 for 16 bits."""
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # which would have products in 16 bits
         with torch.autocast(q.device.type, enabled=False):
             return _attend_by_torch(q, k, v, mask, dropout_p, average)
@@ -217,8 +231,10 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         if q.device.type not in KERNELS_RUN_ON:
             out, weights = _attend_by_torch(q, k, v, mask, dropout_p, average=average_attn_weights)
-        elif need_weights or self.head_dim > MAX_HEAD_DIM:
-            out, weights = _attend(q, k, v, mask, dropout_p, average=need_weights and average_attn_weights)
+        elif need_weights and average_attn_weights:
+            out, weights = _attend_and_average(q, k, v, mask, dropout_p)
+        elif need_weights or D > MAX_HEAD_DIM:
+            out, weights = attention_staged(q, k, v, mask, dropout_p, enable_gqa=True)
         else:
             out, weights = attention_fused(q, k, v, mask, dropout_p, enable_gqa=True), None
         out = out.transpose(1, 2).flatten(2)
@@ -315,7 +331,7 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
         return masks[0] if len(masks) == 1 else masks[0] + masks[1]
 
     def _append_keys(self, k, v, mask):
-        """add_bias_kv and add_zero_attn: one more key each, which everybody may attend to."""
+        """add_bias_kv and add_zero_attn: one more key each, which every query may attend to."""
         extra = []
         if self.bias_k is not None:
             extra.append((self.bias_k.to(k.dtype), self.bias_v.to(v.dtype)))

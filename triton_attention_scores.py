@@ -23,8 +23,8 @@ from triton_attention.checks import (
     autocast, check_blocks, check_flag, check_heads, check_scale, check_shape, check_tensors,
 )
 from triton_attention.launch import launch
-from triton_attention.operators import Function, define_op, differentiate, fold, replayable, unfold
-from triton_attention.tile_choice import compile_options, dot_precision, tile_for
+from triton_attention.operators import Function, define_op, differentiate, replayable
+from triton_attention.tile_choice import TUNED, compile_options, dot_precision, tile_for
 from triton_attention.tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
 
 
@@ -40,14 +40,13 @@ def _scores_kernel(
     row_tiles, spans = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N * SPAN)
     tile, off_b, off_h = split_program(tl.program_id(0), row_tiles * spans, H)
     start_m, first_n = tile // spans * BLOCK_M, tile % spans * (BLOCK_N * SPAN)
-    q_ptr = head_ptr(q_ptr, stride_qb, stride_qh, off_b, off_h)
-    k_ptr = head_ptr(k_ptr, stride_kb, stride_kh, off_b, off_h // GROUP)
-    s_ptr = head_ptr(s_ptr, stride_sb, stride_sh, off_b, off_h)
-
+    Q = (head_ptr(q_ptr, stride_qb, stride_qh, off_b, off_h), (stride_qm, stride_qd), (M, D))
+    K_T = (head_ptr(k_ptr, stride_kb, stride_kh, off_b, off_h // GROUP), (stride_kd, stride_kn), (D, N))
+    S = (head_ptr(s_ptr, stride_sb, stride_sh, off_b, off_h), (stride_sm, stride_sn), (M, N))
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
 
     offs_m, offs_d = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    q = load_tile(q_ptr, (stride_qm, stride_qd), (M, D), offs_m, offs_d)
+    q = load_tile(*Q, offs_m, offs_d)
 
     fill = float("-inf") if MINUS_INF else 0.0
     last_n = tl.minimum(first_n + BLOCK_N * SPAN, N)
@@ -56,21 +55,19 @@ def _scores_kernel(
         end_n = tl.maximum(tl.minimum(last_n, start_m + BLOCK_M + diagonal), first_n)
     for start_n in range(first_n, end_n, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k_t = load_tile(k_ptr, (stride_kd, stride_kn), (D, N), offs_d, offs_n)
+        k_t = load_tile(*K_T, offs_d, offs_n)
         s = dot(q, k_t, tl.zeros([BLOCK_M, BLOCK_N], ACC), PRECISION)
         for start_d in range(BLOCK_D, D, BLOCK_D):  # only heads wider than BLOCK_D
-            offs_e = start_d + offs_d
-            q_e = load_tile(q_ptr, (stride_qm, stride_qd), (M, D), offs_m, offs_e)
-            k_e = load_tile(k_ptr, (stride_kd, stride_kn), (D, N), offs_e, offs_n)
+            q_e, k_e = load_tile(*Q, offs_m, start_d + offs_d), load_tile(*K_T, start_d + offs_d, offs_n)
             s = dot(q_e, k_e, s, PRECISION)
         s *= scale
         if CAUSAL and FILLED:
             s = tl.where(visible(offs_m, offs_n, diagonal), s, fill)
-        store_tile(s_ptr, (stride_sm, stride_sn), (M, N), offs_m, offs_n, s)
+        store_tile(*S, offs_m, offs_n, s)
     if CAUSAL and FILLED:
         future = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) + fill
         for start_n in range(tl.cdiv(end_n - first_n, BLOCK_N) * BLOCK_N + first_n, last_n, BLOCK_N):
-            store_tile(s_ptr, (stride_sm, stride_sn), (M, N), offs_m, start_n + tl.arange(0, BLOCK_N), future)
+            store_tile(*S, offs_m, start_n + tl.arange(0, BLOCK_N), future)
 
 
 def _scores_shape(q, k, scale, diagonal, fill, block_m, block_n):
@@ -119,18 +116,19 @@ class Scores(Function):
     @staticmethod
     def backward(ctx, ds):
         # here, not at the top: QK^T and PV are each other's derivative, so the two files import one another
-        from triton_attention_values import Values
+        from triton_attention_values import product, transposed_product
 
         (q, k), dq, dk = ctx.saved_tensors, None, None
         if ctx.needs_input_grad[0]:
-            dq = differentiate(Values, ds, k, ctx.diagonal, q.shape[1], False, ctx.scale, None, None)
+            dq = product(ds, k, scale=ctx.scale, diagonal=ctx.diagonal)
         if ctx.needs_input_grad[1]:
-            dk = differentiate(Values, ds, q, ctx.diagonal, k.shape[1], True, ctx.scale, None, None)
+            dk = transposed_product(ds, q, k.shape[1], scale=ctx.scale, diagonal=ctx.diagonal)
         return dq, dk, None, None, None, None, None
 
-    @staticmethod
-    def vmap(info, in_dims, q, k, *options):
-        return unfold(info, differentiate(Scores, *fold(info, in_dims, q, k), *options)), 0
+
+def dot_products(rows, cols, *, scale, diagonal=None, fill=None):
+    """scale * rows cols^T, differentiable; see scores_op."""
+    return differentiate(Scores, rows, cols, scale, diagonal, fill, *TUNED)
 
 
 @replayable

@@ -17,47 +17,11 @@ import triton.language as tl
 
 from triton_attention.checks import check_blocks, check_dropout, check_mask, check_tensors
 from triton_attention.dropout import dropout
-from triton_attention.launch import launch
-from triton_attention.operators import Function, define_op, differentiate, fold, replayable, unfold
+from triton_attention.launch import launch, mask_arguments
+from triton_attention.operators import Function, define_op, differentiate, replayable
 from triton_attention.softmax_backward import MaskGradient, SoftmaxBackward, like_first
 from triton_attention.tile_choice import ONE_PASS, row_tile  # noqa: F401  public here
-from triton_attention.tiles import head_ptr, inverse_sum, load_scores, load_tile, split_program, store_tile
-
-@triton.jit
-def _logits(
-    s_ptr, s_strides, mask_ptr, mask_strides, M, N, offs_m, offs_n, diagonal,
-    ACC: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
-):
-    """Tile of S + mask; where the mask forbids a key it is -inf, whatever S holds there."""
-    s = load_scores(s_ptr, s_strides, M, N, offs_m, offs_n, diagonal, float("-inf"), CAUSAL).to(ACC)
-    if HAS_MASK:
-        allowed = load_tile(mask_ptr, mask_strides, (M, N), offs_m, offs_n, False)
-        s = tl.where(allowed.to(tl.int1), s, float("-inf"))  # for Inductor a bool tensor is one of bytes
-    if HAS_BIAS:
-        bias = load_tile(mask_ptr, mask_strides, (M, N), offs_m, offs_n, float("-inf")).to(ACC)
-        s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
-    return s
-
-
-@triton.jit
-def _finite(m):
-    """The maximum of a row as something to subtract: 0 where every key is masked, -inf - -inf is NaN."""
-    return tl.where(m == float("-inf"), 0.0, m)
-
-
-@triton.jit
-def _whole_rows(
-    s_ptr, s_strides, mask_ptr, mask_strides, p_ptr, p_strides, M, N, offs_m, offs_n, diagonal,
-    ACC: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
-):
-    """Softmax of rows that fit a tile: one load, one store. Returns what it stored, unrounded."""
-    s = _logits(
-        s_ptr, s_strides, mask_ptr, mask_strides, M, N, offs_m, offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS
-    )
-    p = tl.exp(s - _finite(tl.max(s, 1))[:, None])
-    p *= inverse_sum(tl.sum(p, 1))[:, None]
-    store_tile(p_ptr, p_strides, (M, N), offs_m, offs_n, p)
-    return p
+from triton_attention.tiles import finite, head_ptr, inverse_sum, load_logits, split_program, store_tile
 
 
 @triton.jit
@@ -75,16 +39,16 @@ def _softmax_kernel(
     p_ptr = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h)
     if HAS_MASK or HAS_BIAS:
         mask_ptr = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
-    s_strides, mask_strides, p_strides = (stride_sm, stride_sn), (stride_am, stride_an), (stride_pm, stride_pn)
+    S, MASK = (s_ptr, (stride_sm, stride_sn), (M, N)), (mask_ptr, (stride_am, stride_an), (M, N))
+    P = (p_ptr, (stride_pm, stride_pn), (M, N))
     ACC: tl.constexpr = tl.float64 if s_ptr.dtype.element_ty == tl.float64 else tl.float32
 
     start_m = tile * BLOCK_M
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     if WHOLE_ROW:
-        _whole_rows(
-            s_ptr, s_strides, mask_ptr, mask_strides, p_ptr, p_strides, M, N, offs_m, offs_n, diagonal,
-            ACC, CAUSAL, HAS_MASK, HAS_BIAS,
-        )
+        s = load_logits(S, MASK, offs_m, offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS)
+        p = tl.exp(s - finite(tl.max(s, 1))[:, None])
+        store_tile(*P, offs_m, offs_n, p * inverse_sum(tl.sum(p, 1))[:, None])
     else:
         end_n = N
         if CAUSAL:
@@ -92,61 +56,14 @@ def _softmax_kernel(
         m_i = tl.full([BLOCK_M], float("-inf"), ACC)
         l_i = tl.zeros([BLOCK_M], ACC)
         for start_n in range(0, end_n, BLOCK_N):
-            s = _logits(
-                s_ptr, s_strides, mask_ptr, mask_strides, M, N, offs_m, start_n + offs_n, diagonal,
-                ACC, CAUSAL, HAS_MASK, HAS_BIAS,
-            )
+            s = load_logits(S, MASK, offs_m, start_n + offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS)
             m_new = tl.maximum(m_i, tl.max(s, 1))
-            l_i = l_i * tl.exp(m_i - _finite(m_new)) + tl.sum(tl.exp(s - _finite(m_new)[:, None]), 1)
+            l_i = l_i * tl.exp(m_i - finite(m_new)) + tl.sum(tl.exp(s - finite(m_new)[:, None]), 1)
             m_i = m_new
-        m_i, l_i = _finite(m_i), inverse_sum(l_i)
+        m_i, l_i = finite(m_i), inverse_sum(l_i)
         for start_n in range(0, N, BLOCK_N):
-            s = _logits(
-                s_ptr, s_strides, mask_ptr, mask_strides, M, N, offs_m, start_n + offs_n, diagonal,
-                ACC, CAUSAL, HAS_MASK, HAS_BIAS,
-            )
-            p = tl.exp(s - m_i[:, None]) * l_i[:, None]
-            store_tile(p_ptr, p_strides, (M, N), offs_m, start_n + offs_n, p)
-
-
-@triton.jit
-def _softmax_mean_kernel(
-    s_ptr, stride_sb, stride_sh, stride_sm, stride_sn,
-    mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
-    p_ptr, stride_pb, stride_ph, stride_pm, stride_pn,
-    mean_ptr, H, M, N, diagonal,
-    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    """The same rows of all heads, one after the other, and their mean [B, M, N] from the registers that hold them."""
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    tile, off_b, _ = split_program(pid, tl.cdiv(M, BLOCK_M), 1)
-    s_strides, mask_strides, p_strides = (stride_sm, stride_sn), (stride_am, stride_an), (stride_pm, stride_pn)
-    ACC: tl.constexpr = tl.float64 if s_ptr.dtype.element_ty == tl.float64 else tl.float32
-
-    offs_m, offs_n = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    for h in range(0, H):
-        off_h = off_b * 0 + h
-        s_head = head_ptr(s_ptr, stride_sb, stride_sh, off_b, off_h)
-        p_head = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h)
-        mask_head = mask_ptr
-        if HAS_MASK or HAS_BIAS:
-            mask_head = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
-        total += _whole_rows(
-            s_head, s_strides, mask_head, mask_strides, p_head, p_strides, M, N, offs_m, offs_n, diagonal,
-            ACC, CAUSAL, HAS_MASK, HAS_BIAS,
-        )
-    mean_ptr += off_b.to(tl.int64) * M * N
-    store_tile(mean_ptr, (N, 1), (M, N), offs_m, offs_n, total / H)
-
-
-def _softmax_arguments(scores, mask, diagonal, probs):
-    """What the two kernels share: (arguments up to the strides of P, constants)."""
-    has_mask = mask is not None and mask.dtype == torch.bool
-    strides = (0, 0, 0, 0) if mask is None else mask.expand(scores.shape).stride()
-    arguments = (scores, *scores.stride(), mask, *strides, probs, *probs.stride())
-    has_bias = mask is not None and not has_mask
-    return arguments, {"CAUSAL": diagonal is not None, "HAS_MASK": has_mask, "HAS_BIAS": has_bias}
+            s = load_logits(S, MASK, offs_m, start_n + offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS)
+            store_tile(*P, offs_m, start_n + offs_n, tl.exp(s - m_i[:, None]) * l_i[:, None])
 
 
 @define_op("softmax", fake=like_first)
@@ -157,28 +74,14 @@ def softmax_op(
     (B, H, M, N), probs = scores.shape, scores.new_empty(scores.shape)
     if probs.numel() == 0:
         return probs
-    arguments, constants = _softmax_arguments(scores, mask, diagonal, probs)
+    mask_strides, constants = mask_arguments(mask, scores.shape)
     tile = row_tile(scores, diagonal is not None, block_m, block_n)
-    programs = B * H * triton.cdiv(M, tile["BLOCK_M"])
-    launch(_softmax_kernel, programs, *arguments, H, M, N, diagonal or 0, **constants, **tile)
+    launch(
+        _softmax_kernel, B * H * triton.cdiv(M, tile["BLOCK_M"]),
+        scores, *scores.stride(), mask, *mask_strides, probs, *probs.stride(),
+        H, M, N, diagonal or 0, CAUSAL=diagonal is not None, **constants, **tile,
+    )
     return probs
-
-
-@define_op("softmax_mean", fake=lambda s, mask, diagonal: (s.new_empty(s.shape), s.new_empty(s[:, 0].shape)))
-def softmax_mean_op(
-    scores: torch.Tensor, mask: torch.Tensor | None, diagonal: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(P like scores [B, H, M, N], its mean over the heads [B, M, N]), for N <= ONE_PASS / 2."""
-    (B, H, M, N), probs = scores.shape, scores.new_empty(scores.shape)
-    mean = scores.new_empty(B, M, N)
-    if probs.numel() == 0:
-        return probs, mean
-    arguments, constants = _softmax_arguments(scores, mask, diagonal, probs)
-    tile = row_tile(scores, diagonal is not None)
-    del tile["WHOLE_ROW"]
-    programs = B * triton.cdiv(M, tile["BLOCK_M"])
-    launch(_softmax_mean_kernel, programs, *arguments, mean, H, M, N, diagonal or 0, **constants, **tile)
-    return probs, mean
 
 
 class Softmax(Function):
@@ -199,10 +102,6 @@ class Softmax(Function):
         if ctx.needs_input_grad[1]:
             dmask = differentiate(MaskGradient, ds, ctx.mask_shape, ctx.mask_dtype)
         return ds, dmask, None, None, None
-
-    @staticmethod
-    def vmap(info, in_dims, scores, mask, *options):
-        return unfold(info, differentiate(Softmax, *fold(info, in_dims, scores, mask), *options)), 0
 
 
 def softmax_dropout(scores, mask, diagonal, dropout_p, block_m=None, block_n=None):

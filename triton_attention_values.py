@@ -11,41 +11,36 @@
 The same kernel gives the product with P transposed, out = P^T X, by swapping the two strides of P: that is dV = P^T dO
 here and dK = scale * dS^T Q in triton_attention_scores.py (where dQ = scale * dS K is the plain product). In both
 directions an element of P that is exactly zero reads nothing, so a masked key never contributes its NaN: tiles of O
-that come out with one are done again by a second kernel. That costs a launch; a branch of the first cost 120 registers.
+that come out with one are computed again (triton_attention/nan_repair.py).
 """
 
 import torch
 
-from triton_attention.device import DEVICE, INTERPRETED  # before triton: it chooses the mode
+from triton_attention.device import DEVICE  # before triton: it chooses the mode
 import triton
 import triton.language as tl
 
 from triton_attention.checks import autocast, check_blocks, check_flag, check_heads, check_shape, check_tensors
 from triton_attention.launch import empty_heads, launch
-from triton_attention.operators import Function, define_op, differentiate, fold, replayable, unfold
-from triton_attention.tile_choice import compile_options, dot_precision, tile_for
+from triton_attention.nan_repair import repair
+from triton_attention.operators import Function, define_op, differentiate, replayable
+from triton_attention.tile_choice import TUNED, compile_options, dot_precision, tile_for
 from triton_attention.tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
-from triton_attention_scores import Scores
-
-
-@triton.jit
-def _seen(rows, cols, diagonal, TRANSPOSED: tl.constexpr):
-    """Causal rule for a tile of P, or of P^T, whose rows are keys."""
-    return tl.trans(visible(cols, rows, diagonal)) if TRANSPOSED else visible(rows, cols, diagonal)
+from triton_attention_scores import dot_products
 
 
 @triton.jit
 def _accumulate(
-    acc, p_ptr, p_strides, v_ptr, v_strides, offs_m, offs_d, begin, end, diagonal, M, N,
-    D: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, P, V, offs_m, offs_d, begin, end, diagonal,
+    MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """acc += P V over the columns begin : end of P; MASKED tiles are cut by the diagonal."""
     for start_n in range(begin, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        p = load_tile(p_ptr, p_strides, (M, N), offs_m, offs_n)
-        v = load_tile(v_ptr, v_strides, (N, D), offs_n, offs_d)
+        p = load_tile(*P, offs_m, offs_n)
+        v = load_tile(*V, offs_n, offs_d)
         if MASKED:
-            p = tl.where(_seen(offs_m, offs_n, diagonal, TRANSPOSED), p, 0.0)
+            p = tl.where(visible(offs_m, offs_n, diagonal, TRANSPOSED), p, 0.0)
         acc = dot(p, v, acc, PRECISION)
     return acc
 
@@ -81,61 +76,22 @@ def _values_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     for off_g in range(0, SUMMED):  # the query heads that share a key head: one, or all of its group
         off_p = off_h * SUMMED + off_g
-        p_head = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_p)
-        v_head = head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_p // SHARE)
+        P = (head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_p), (stride_pm, stride_pn), (M, N))
+        V = (head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_p // SHARE), (stride_vn, stride_vd), (N, D))
         if CAUSAL and TRANSPOSED:
             acc = _accumulate(
-                acc, p_head, (stride_pm, stride_pn), v_head, (stride_vn, stride_vd), offs_m, offs_d,
-                begin, full_begin, diagonal, M, N, D, True, TRANSPOSED, PRECISION, BLOCK_N,
+                acc, P, V, offs_m, offs_d, begin, full_begin, diagonal, True, TRANSPOSED, PRECISION, BLOCK_N
             )
         acc = _accumulate(
-            acc, p_head, (stride_pm, stride_pn), v_head, (stride_vn, stride_vd), offs_m, offs_d,
-            full_begin, full_end, diagonal, M, N, D, False, TRANSPOSED, PRECISION, BLOCK_N,
+            acc, P, V, offs_m, offs_d, full_begin, full_end, diagonal, False, TRANSPOSED, PRECISION, BLOCK_N
         )
         if CAUSAL and not TRANSPOSED:
             acc = _accumulate(
-                acc, p_head, (stride_pm, stride_pn), v_head, (stride_vn, stride_vd), offs_m, offs_d,
-                full_end, end, diagonal, M, N, D, True, TRANSPOSED, PRECISION, BLOCK_N,
+                acc, P, V, offs_m, offs_d, full_end, end, diagonal, True, TRANSPOSED, PRECISION, BLOCK_N
             )
     o_ptr = head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h)
     store_tile(o_ptr, (stride_om, stride_od), (M, D), offs_m, offs_d, acc * scale)
     tl.store(nan_ptr + tl.program_id(0), tl.sum((acc != acc).to(tl.int32)) > 0)
-
-
-@triton.jit
-def _nonzero_kernel(
-    p_ptr, stride_pb, stride_ph, stride_pm, stride_pn,
-    v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
-    o_ptr, stride_ob, stride_oh, stride_om, stride_od,
-    nan_ptr, scale, H, SHARE, M, N, diagonal,
-    D: tl.constexpr, SUMMED: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-):
-    """A tile of O that came out with a NaN, again, a column of P at a time: without the products 0 * NaN of a dot."""
-    parts = BLOCK_M // ROWS
-    if tl.load(nan_ptr + tl.program_id(0) // parts) != 0:
-        col_tiles, row_tiles = tl.cdiv(D, BLOCK_D), tl.cdiv(M, BLOCK_M)
-        tile, off_b, off_h = split_program(tl.program_id(0) // parts, row_tiles * col_tiles, H)
-        row_tile = tile // col_tiles
-        if CAUSAL and not TRANSPOSED:
-            row_tile = row_tiles - 1 - row_tile
-        offs_m = row_tile * BLOCK_M + tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
-        offs_d = tile % col_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-        ACC: tl.constexpr = tl.float64 if p_ptr.dtype.element_ty == tl.float64 else tl.float32
-        acc = tl.zeros([ROWS, BLOCK_D], ACC)
-        for off_g in range(0, SUMMED):
-            off_p = off_h * SUMMED + off_g
-            p_head = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_p)
-            v_head = head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_p // SHARE)
-            for n in range(0, N):
-                offs_n = n + tl.arange(0, 1)
-                p = load_tile(p_head, (stride_pm, stride_pn), (M, N), offs_m, offs_n).to(ACC)
-                v = load_tile(v_head, (stride_vn, stride_vd), (N, D), offs_n, offs_d).to(ACC)
-                if CAUSAL:
-                    p = tl.where(_seen(offs_m, offs_n, diagonal, TRANSPOSED), p, 0.0)
-                acc += tl.where(p == 0.0, 0.0, p * v)
-        o_ptr = head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h)
-        store_tile(o_ptr, (stride_om, stride_od), (M, D), offs_m, offs_d, acc * scale)
 
 
 def _values_shape(p, v, diagonal, heads, transposed, scale, dtype, block_m, block_n):
@@ -175,21 +131,16 @@ def values_op(
     }
     launch(
         _values_kernel, programs, *arguments, **constants,
-        BLOCK_N=tile.BLOCK_N, PRECISION=dot_precision(p.dtype, p.device),
-        **compile_options(tile, p.device),
+        BLOCK_N=tile.BLOCK_N, PRECISION=dot_precision(p.dtype, p.device), **compile_options(tile, p.device),
     )
-    if not INTERPRETED or has_nan.any():
-        rows = min(tile.BLOCK_M, 32)
-        launch(_nonzero_kernel, programs * tile.BLOCK_M // rows, *arguments, **constants, ROWS=rows, num_warps=4)
+    repair(has_nan, *arguments, **constants)
     return o
 
 
 class Values(Function):
-    """P V or P^T X, and its gradients; the arguments are those of values_op, the dtype is that of v."""
+    """scale * P V or scale * P^T X, and its gradients; the arguments are those of values_op."""
 
-    @staticmethod
-    def forward(p, v, diagonal, heads, transposed, scale, block_m, block_n):
-        return values_op(p, v, diagonal, heads, transposed, scale, v.dtype, block_m, block_n)
+    op = values_op
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -199,24 +150,23 @@ class Values(Function):
     @staticmethod
     def backward(ctx, do):
         (p, v), dp, dv = ctx.saved_tensors, None, None
+        do, options = do.to(v.dtype), {"scale": ctx.scale, "diagonal": ctx.diagonal}
         if ctx.needs_input_grad[0]:
             rows, cols = (v, do) if ctx.transposed else (do, v)
-            dp = differentiate(Scores, rows, cols, ctx.scale, ctx.diagonal, 0.0, None, None)
+            dp = dot_products(rows, cols, **options, fill=0.0)
         if ctx.needs_input_grad[1]:
-            dv = differentiate(Values, p, do, ctx.diagonal, v.shape[1], not ctx.transposed, ctx.scale, None, None)
-        return dp, dv, None, None, None, None, None, None
-
-    @staticmethod
-    def vmap(info, in_dims, p, v, *options):
-        return unfold(info, differentiate(Values, *fold(info, in_dims, p, v), *options)), 0
+            dv = product(p, do, **options) if ctx.transposed else transposed_product(p, do, v.shape[1], **options)
+        return dp, dv, None, None, None, None, None, None, None
 
 
-def _values_backward(ctx, do):
-    """Of values_op, which has one argument more: the dtype."""
-    return *Values.backward(ctx, do.to(ctx.saved_tensors[1].dtype)), None
+def product(p, v, *, scale=1.0, diagonal=None):
+    """scale * P V in the dtype of v, differentiable; see values_op."""
+    return differentiate(Values, p, v, diagonal, p.shape[1], False, scale, v.dtype, *TUNED)
 
 
-values_op.op.register_autograd(_values_backward, setup_context=Values.setup_context)
+def transposed_product(p, x, heads, *, scale=1.0, diagonal=None):
+    """scale * P^T X in the dtype of x, summed over the query heads that share one of `heads`; see values_op."""
+    return differentiate(Values, p, x, diagonal, heads, True, scale, x.dtype, *TUNED)
 
 
 @replayable
@@ -246,8 +196,8 @@ def attention_values(
     check_heads("v", v.shape[1], probs.shape[1])
     check_flag("is_causal", is_causal)
     block_m, block_n = check_blocks(block_m=block_m, block_n=block_n)
-    diagonal = 0 if is_causal else None
-    return differentiate(Values, probs, v, diagonal, probs.shape[1], False, 1.0, block_m, block_n)
+    diagonal, transposed, scale = 0 if is_causal else None, False, 1.0
+    return differentiate(Values, probs, v, diagonal, probs.shape[1], transposed, scale, v.dtype, block_m, block_n)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,11 @@ from triton_attention.dropout import dropout_op  # noqa: E402
 from triton_attention.fused_backward import fused_backward_op
 from triton_attention.fused_bias import fused_bias_gradient_op  # noqa: E402
 from triton_attention.softmax_backward import mask_gradient_op, softmax_backward_op  # noqa: E402
+from triton_attention.softmax_mean import softmax_mean_op  # noqa: E402
 from triton_attention_backward import dscores_op  # noqa: E402
 from triton_attention_fused import fused_op  # noqa: E402
 from triton_attention_scores import scores_op  # noqa: E402
-from triton_attention_softmax import softmax_mean_op, softmax_op  # noqa: E402
+from triton_attention_softmax import softmax_op  # noqa: E402
 from triton_attention_values import values_op  # noqa: E402
 
 # shared memory a program may take, KiB: CUDA C++ Programming Guide, table "Technical Specifications per Compute

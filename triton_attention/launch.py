@@ -13,6 +13,7 @@ from triton.runtime.errors import OutOfResources
 from triton_attention.operators import must_dispatch
 from triton_attention.replay import note
 
+
 def empty_heads(like, *shape, dtype=None):
     """An empty [B, H, M, D] in the memory order of `like`: where that is [B, M, H, D], as projections leave them,
     they become columns again without a copy. The stride of a dimension of size 1 says nothing: a traced program may
@@ -21,6 +22,13 @@ def empty_heads(like, *shape, dtype=None):
     rows_outside = like.shape[1] > 1 and like.shape[2] > 1 and like.stride(1) < like.stride(2)
     strides = (M * H * D, D, H * D, 1) if rows_outside else (H * M * D, M * D, D, 1)
     return like.new_empty_strided(shape, strides, dtype=dtype)
+
+
+def mask_arguments(mask, shape):
+    """(strides of a 4-D mask or None, read as `shape`; what a kernel has to know of it)."""
+    has_mask = mask is not None and mask.dtype == torch.bool
+    strides = (0, 0, 0, 0) if mask is None else mask.expand(shape).stride()
+    return strides, {"HAS_MASK": has_mask, "HAS_BIAS": mask is not None and not has_mask}
 
 
 _interpreting = threading.RLock()  # Triton's interpreter replaces what triton.language has, for the whole process

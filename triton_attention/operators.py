@@ -163,6 +163,14 @@ class Function(torch.autograd.Function):
                 cls.forward = staticmethod(cls.op)
             cls.op.op.register_autograd(cls.backward, setup_context=cls.setup_context)
 
+    @classmethod
+    def vmap(cls, info, in_dims, *args):
+        """For a Function whose tensors and results have the batch in front; another one has a rule of its own."""
+        out = differentiate(cls, *fold(info, in_dims, *args))
+        if isinstance(out, torch.Tensor):
+            return unfold(info, out), 0
+        return tuple(unfold(info, o) for o in out), (0,) * len(out)
+
 
 def asks_gradient(args):
     if torch.is_grad_enabled():
@@ -219,17 +227,17 @@ def differentiate(function, *args):
     return function.forward(*args)
 
 
-def fold(info, in_dims, *tensors):
+def fold(info, in_dims, *args):
     """For a vmap rule: move the mapped dimension of each tensor into its batch, [B, ...] -> [V * B, ...].
 
-    The first tensor has the full batch; the others may have 1 there (masks) or be None.
+    The first tensor has the full batch; the others may have 1 there (masks). What is no tensor stays.
     """
     moved = [
-        None if t is None else t.unsqueeze(0) if dim is None else t.movedim(dim, 0)
-        for t, dim in zip(tensors, in_dims, strict=False)
+        a if not isinstance(a, torch.Tensor) else a.unsqueeze(0) if dim is None else a.movedim(dim, 0)
+        for a, dim in zip(args, in_dims, strict=False)
     ]
     size = (info.batch_size, moved[0].shape[1])
-    return [None if t is None else t.expand(*size, *t.shape[2:]).flatten(0, 1) for t in moved]
+    return [a.expand(*size, *a.shape[2:]).flatten(0, 1) if isinstance(a, torch.Tensor) else a for a in moved]
 
 
 def unfold(info, out):

@@ -9,18 +9,16 @@ import triton
 import triton.language as tl
 
 from triton_attention.launch import launch
-from triton_attention.operators import Function, define_op, differentiate, fold, unfold
+from triton_attention.operators import Function, define_op, differentiate
 from triton_attention.tile_choice import row_tile
 from triton_attention.tiles import head_ptr, load_scores, load_tile, split_program, store_tile
 
 
 @triton.jit
-def _gradient(
-    p_ptr, p_strides, dp_ptr, dp_strides, M, N, offs_m, offs_n, diagonal, ACC: tl.constexpr, CAUSAL: tl.constexpr
-):
+def _load(P, DP, offs_m, offs_n, diagonal, ACC: tl.constexpr, CAUSAL: tl.constexpr):
     """Tiles of P and dP; dP counts only where P is not zero, so that a masked key cannot bring in its NaN."""
-    p = load_scores(p_ptr, p_strides, M, N, offs_m, offs_n, diagonal, 0.0, CAUSAL).to(ACC)
-    dp = load_scores(dp_ptr, dp_strides, M, N, offs_m, offs_n, diagonal, 0.0, CAUSAL).to(ACC)
+    p = load_scores(*P, offs_m, offs_n, diagonal, 0.0, CAUSAL).to(ACC)
+    dp = load_scores(*DP, offs_m, offs_n, diagonal, 0.0, CAUSAL).to(ACC)
     return p, tl.where(p == 0.0, 0.0, dp)
 
 
@@ -33,32 +31,29 @@ def _softmax_bwd_kernel(
     CAUSAL: tl.constexpr, WHOLE_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     tile, off_b, off_h = split_program(tl.program_id(0), tl.cdiv(M, BLOCK_M), H)
-    p_ptr = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h)
-    dp_ptr = head_ptr(dp_ptr, stride_gb, stride_gh, off_b, off_h)
-    ds_ptr = head_ptr(ds_ptr, stride_sb, stride_sh, off_b, off_h)
-    p_strides, dp_strides, ds_strides = (stride_pm, stride_pn), (stride_gm, stride_gn), (stride_sm, stride_sn)
+    P = (head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h), (stride_pm, stride_pn), (M, N))
+    DP = (head_ptr(dp_ptr, stride_gb, stride_gh, off_b, off_h), (stride_gm, stride_gn), (M, N))
+    DS = (head_ptr(ds_ptr, stride_sb, stride_sh, off_b, off_h), (stride_sm, stride_sn), (M, N))
     ACC: tl.constexpr = tl.float64 if p_ptr.dtype.element_ty == tl.float64 else tl.float32
 
     start_m = tile * BLOCK_M
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     if WHOLE_ROW:
-        p, dp = _gradient(p_ptr, p_strides, dp_ptr, dp_strides, M, N, offs_m, offs_n, diagonal, ACC, CAUSAL)
+        p, dp = _load(P, DP, offs_m, offs_n, diagonal, ACC, CAUSAL)
         dp -= tl.sum(p * dp, 1)[:, None]
         delta = tl.sum(p * dp, 1)  # what rounding left over: much, where one key has almost all of the weight
-        store_tile(ds_ptr, ds_strides, (M, N), offs_m, offs_n, p * (dp - delta[:, None]))
+        store_tile(*DS, offs_m, offs_n, p * (dp - delta[:, None]))
     else:
         end_n = N
         if CAUSAL:
             end_n = tl.minimum(start_m + BLOCK_M + diagonal, N)
         delta = tl.zeros([BLOCK_M], ACC)
         for start_n in range(0, end_n, BLOCK_N):
-            offs = start_n + offs_n
-            p, dp = _gradient(p_ptr, p_strides, dp_ptr, dp_strides, M, N, offs_m, offs, diagonal, ACC, CAUSAL)
+            p, dp = _load(P, DP, offs_m, start_n + offs_n, diagonal, ACC, CAUSAL)
             delta += tl.sum(p * dp, 1)
         for start_n in range(0, N, BLOCK_N):
-            offs = start_n + offs_n
-            p, dp = _gradient(p_ptr, p_strides, dp_ptr, dp_strides, M, N, offs_m, offs, diagonal, ACC, CAUSAL)
-            store_tile(ds_ptr, ds_strides, (M, N), offs_m, offs, p * (dp - delta[:, None]))
+            p, dp = _load(P, DP, offs_m, start_n + offs_n, diagonal, ACC, CAUSAL)
+            store_tile(*DS, offs_m, start_n + offs_n, p * (dp - delta[:, None]))
 
 
 @triton.jit
@@ -148,10 +143,6 @@ class SoftmaxBackward(Function):
         if ctx.needs_input_grad[1]:
             g_dp = differentiate(SoftmaxBackward, probs, g, ctx.diagonal)
         return g_probs, g_dp, None
-
-    @staticmethod
-    def vmap(info, in_dims, probs, dp, diagonal):
-        return unfold(info, differentiate(SoftmaxBackward, *fold(info, in_dims, probs, dp), diagonal)), 0
 
 
 class MaskGradient(Function):

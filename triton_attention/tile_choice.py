@@ -11,6 +11,8 @@ from triton_attention.device import INTERPRETED, TRITON, allows_tf32, architectu
 from triton_attention.replay import off
 
 ONE_PASS = 16384  # keys of a row that fit the registers of a program; half as many in float64
+TUNED = (None, None)  # as (block_m, block_n): those of the table
+
 
 def places_of(arch):
     """Whose rows of the table serve a GPU, the last of them first."""

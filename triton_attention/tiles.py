@@ -1,9 +1,9 @@
 """Tiles: the only file that builds a pointer grid or a boundary mask; and the dot of two of them.
 
-    columns   0 ...... N         a matrix is (ptr, strides, shape), a tile the pair of its row and column
-    rows 0  +----+----+--+       offsets; what lies outside `shape` reads the neutral element of the caller's
-         .  |    |tile|//|       reduction (0 for a dot, -inf for a softmax) and is never written
-         M  +----+----+--+
+    columns   0 ...... N         a matrix is P = (ptr, strides, shape), a tile the pair of its row and column
+    rows 0  +----+----+--+       offsets, p = load_tile(*P, rows, cols); what lies outside `shape` reads the neutral
+         .  |    |tile|//|       element of the caller's reduction (0 for a dot, -inf for a softmax) and is never
+         M  +----+----+--+       written
 """
 
 import torch
@@ -80,6 +80,12 @@ def inverse_sum(l_i):
 
 
 @triton.jit
+def finite(m):
+    """The maximum of a row as something to subtract: 0 where every key is masked, as -inf - -inf is NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
 def head_ptr(ptr, stride_b, stride_h, off_b, off_h):
     """First element of one head of a [B, H, rows, cols] tensor."""
     return ptr + off_b.to(tl.int64) * stride_b + off_h.to(tl.int64) * stride_h
@@ -96,8 +102,10 @@ def split_program(pid, tiles, H):
 
 
 @triton.jit
-def visible(rows, cols, diagonal):
-    """Causal rule for a tile: query m sees the keys n <= m + diagonal."""
+def visible(rows, cols, diagonal, TRANSPOSED: tl.constexpr = False):
+    """Causal rule for a tile: query m sees the keys n <= m + diagonal; the rows are keys if TRANSPOSED."""
+    if TRANSPOSED:
+        return rows[:, None] <= cols[None, :] + diagonal
     return cols[None, :] <= rows[:, None] + diagonal
 
 
@@ -126,9 +134,25 @@ def keep_mask(seed, off_b, off_h, rows, start_n, dropout_p, BLOCK_N: tl.constexp
 
 
 @triton.jit
-def load_scores(ptr, strides, M, N, offs_m, offs_n, diagonal, other, CAUSAL: tl.constexpr):
+def load_scores(ptr, strides, shape, offs_m, offs_n, diagonal, other, CAUSAL: tl.constexpr):
     """Tile of S, P or dP, `other` where it lies outside or no query may see it."""
     if not CAUSAL:
-        return load_tile(ptr, strides, (M, N), offs_m, offs_n, other)
-    tile = load_visible(ptr, strides, (M, N), offs_m, offs_n, diagonal, other)
+        return load_tile(ptr, strides, shape, offs_m, offs_n, other)
+    tile = load_visible(ptr, strides, shape, offs_m, offs_n, diagonal, other)
     return tl.where(visible(offs_m, offs_n, diagonal), tile, other)
+
+
+@triton.jit
+def load_logits(
+    scores, mask, offs_m, offs_n, diagonal,
+    ACC: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
+):
+    """Tile of S + mask, of two matrices; where the mask forbids a key it is -inf, whatever S holds there."""
+    s = load_scores(*scores, offs_m, offs_n, diagonal, float("-inf"), CAUSAL).to(ACC)
+    if HAS_MASK:
+        allowed = load_tile(*mask, offs_m, offs_n, False)
+        s = tl.where(allowed.to(tl.int1), s, float("-inf"))  # for Inductor a bool tensor is one of bytes
+    if HAS_BIAS:
+        bias = load_tile(*mask, offs_m, offs_n, float("-inf")).to(ACC)
+        s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
+    return s
