@@ -35,12 +35,11 @@ def _softmax_kernel(
 ):
     pid = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: the end of S is what L2 still holds
     tile, off_b, off_h = split_program(pid, tl.cdiv(M, BLOCK_M), H)
-    s_ptr = head_ptr(s_ptr, stride_sb, stride_sh, off_b, off_h)
-    p_ptr = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h)
+    S = (head_ptr(s_ptr, stride_sb, stride_sh, off_b, off_h), (stride_sm, stride_sn), (M, N))
+    P = (head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h), (stride_pm, stride_pn), (M, N))
+    MASK = (mask_ptr, (stride_am, stride_an), (M, N))
     if HAS_MASK or HAS_BIAS:
-        mask_ptr = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
-    S, MASK = (s_ptr, (stride_sm, stride_sn), (M, N)), (mask_ptr, (stride_am, stride_an), (M, N))
-    P = (p_ptr, (stride_pm, stride_pn), (M, N))
+        MASK = (head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h), (stride_am, stride_an), (M, N))
     ACC: tl.constexpr = tl.float64 if s_ptr.dtype.element_ty == tl.float64 else tl.float32
 
     start_m = tile * BLOCK_M

@@ -33,16 +33,15 @@ def _softmax_mean_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for h in range(0, H):
         off_h = off_b * 0 + h
-        s_head = head_ptr(s_ptr, stride_sb, stride_sh, off_b, off_h)
-        p_head = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h)
-        mask_head = mask_ptr
+        S = (head_ptr(s_ptr, stride_sb, stride_sh, off_b, off_h), (stride_sm, stride_sn), (M, N))
+        P = (head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h), (stride_pm, stride_pn), (M, N))
+        MASK = (mask_ptr, (stride_am, stride_an), (M, N))
         if HAS_MASK or HAS_BIAS:
-            mask_head = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
-        S, MASK = (s_head, (stride_sm, stride_sn), (M, N)), (mask_head, (stride_am, stride_an), (M, N))
+            MASK = (head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h), (stride_am, stride_an), (M, N))
         s = load_logits(S, MASK, offs_m, offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS)
         p = tl.exp(s - finite(tl.max(s, 1))[:, None])
         p *= inverse_sum(tl.sum(p, 1))[:, None]
-        store_tile(p_head, (stride_pm, stride_pn), (M, N), offs_m, offs_n, p)
+        store_tile(*P, offs_m, offs_n, p)
         total += p
     mean_ptr += off_b.to(tl.int64) * M * N
     store_tile(mean_ptr, (N, 1), (M, N), offs_m, offs_n, total / H)

@@ -105,7 +105,7 @@ def split_program(pid, tiles, H):
 def visible(rows, cols, diagonal, TRANSPOSED: tl.constexpr = False):
     """Causal rule for a tile: query m sees the keys n <= m + diagonal; the rows are keys if TRANSPOSED."""
     if TRANSPOSED:
-        return rows[:, None] <= cols[None, :] + diagonal
+        return tl.trans(rows[None, :] <= cols[:, None] + diagonal)
     return cols[None, :] <= rows[:, None] + diagonal
 
 
