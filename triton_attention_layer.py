@@ -89,7 +89,7 @@ def _attend_and_average(q, k, v, mask, dropout_p):
 @replayable
 def _infer_with_mean(q, k, v, attn_mask):
     """_attend_and_average without a gradient: the mean from the registers that hold the rows of P."""
-    if must_dispatch((q, k, v)):  # that operator has neither derivative nor vmap
+    if must_dispatch((q, k, v)):  # softmax_mean_op has no derivative and no rule for vmap
         out, probs = attention_staged(q, k, v, attn_mask, enable_gqa=True)
         return out, probs.mean(dim=1)
     q, k, v, mask, diagonal, scale, _ = _checked(q, k, v, attn_mask, 0.0, False, None, True)

@@ -6,7 +6,8 @@
 
 A row of up to ONE_PASS keys stays in registers: read once, written once, which is the floor. Longer rows are walked
 twice in tiles; the first walk rescales l_i whenever m_i grows (Milakov and Gimelshein, "Online normalizer calculation
-for softmax", 2018). A row that sees no key gives zeros. The gradient dS = P * (dP - rowsum(P * dP)) is built alike.
+for softmax", 2018). A row that sees no key gives zeros. Tiles of S + mask come from load_logits (tiles.py); the
+gradient dS = P * (dP - rowsum(P * dP)) is built alike (softmax_backward.py).
 """
 
 import torch

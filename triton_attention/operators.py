@@ -1,4 +1,4 @@
-"""Operators: what PyTorch knows of a launcher, and who has to see a call of it.
+"""Operators: what PyTorch knows of a launcher, and which calls of it PyTorch has to see.
 
     public function      check_* (checks.py) -> differentiate(Function, ...)
     Function.forward     the operator (define_op): opaque to the interpreter, transparent to torch.compile
@@ -36,7 +36,7 @@ def _kind(keys):
 
 
 def must_dispatch(args):
-    """Whether somebody (torch.compile, a mode, a transform, a tensor of another kind) has to see the operator."""
+    """Whether torch.compile, a mode, a transform or a tensor of another kind has to see the operator."""
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
         return True
     kind = _kind(_keys_of_thread())
@@ -207,7 +207,7 @@ def _inside_transform():
 
 
 def differentiate(function, *args):
-    """`function.apply(*args)`, or its forward alone where nobody can ask for a gradient (saves 15 us)."""
+    """`function.apply(*args)`, or its forward alone where no gradient can be asked for (saves 15 us)."""
     if _is_exporting() and not _inside_transform():
         return function.forward(*args)  # the operators have derivatives; what apply leaves in the graph has none
     if torch.compiler.is_dynamo_compiling():

@@ -8,7 +8,7 @@
 
 The key of a call has everything that its launches depend on: shapes, strides, dtypes, the alignment of addresses, which
 arguments are one tensor, the options, the stream. Only a launcher that does nothing but view its arguments, take empty
-memory and launch can be replayed. A TorchDispatchMode watches the second call: whoever computes anything by PyTorch is
+memory and launch can be replayed. A TorchDispatchMode watches the second call: one that computes anything by PyTorch is
 refused, and runs in full each time. So is every call that torch.compile, vmap or another mode has to see, or a CUDA
 graph records.
 """
@@ -24,8 +24,8 @@ from triton_attention.device import allows_tf32, is_counter, is_current, stream_
 
 _MOST = 4096  # keys; then all are forgotten
 _records = {}  # key -> None: seen once; False: not to be replayed; else a Recording
-_off = []  # who forbids replays
-_this_thread = threading.local()  # .recorder: who watches
+_off = []  # one entry for each off() that is entered
+_this_thread = threading.local()  # .recorder: what watches
 _EMPTY = {
     torch.ops.aten.new_empty.default, torch.ops.aten.empty_strided.default, torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default, torch.ops.aten.new_empty_strided.default,
