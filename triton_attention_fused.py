@@ -29,50 +29,45 @@ from triton_attention.checks import (
     check_softcap, check_tensors, check_window,
 )
 from triton_attention.dropout import draw_seed
-from triton_attention.float32 import in_parts, load_parts, product, rows_dot, signed, whole
+from triton_attention.float32 import in_parts, load_rows, product, rows_dot, signed, whole
 from triton_attention.fused_backward import fused_backward_op
 from triton_attention.fused_bias import fused_bias_gradient_op
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments, paired
 from triton_attention.launch import empty_heads, launch
-from triton_attention.logits import exponential, key_range, logits, lowest, steps, store_pair
+from triton_attention.logits import Band, Options, exponential, key_range, logits, lowest, steps, store_pair
 from triton_attention.merge import count_splits, merge_attention, merge_splits  # noqa: F401  public here
 from triton_attention.operators import Function, define_op, differentiate, fold, replayable, unfold
 from triton_attention.tile_choice import compile_options, tile_for
-from triton_attention.tiles import head_ptr, hide_loads, inverse_sum, keep_mask, split_program, store_tile
+from triton_attention.tiles import (
+    DropoutMask, Matrix, head, head_ptr, hide_loads, inverse_sum, keep_mask, split_program, store_tile,
+)
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
 
 
 @triton.jit
 def _walk(
-    acc, m_i, l_i, q, q_at, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
-    bounds, M, N, left, right, scale, dropout_p,
-    D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    acc, m_i, l_i, q, k_head, v_head, band, dropout, scale, bounds, MASKED: tl.constexpr, OPTIONS: tl.constexpr
 ):
     """Attend to the keys that every query of the block sees, a tile at a time, or if MASKED to the others."""
-    offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    PRECISION: tl.constexpr = OPTIONS.PRECISION
+    BLOCK_N: tl.constexpr = OPTIONS.BLOCK_N
+    offs_d, offs_e = tl.arange(0, OPTIONS.BLOCK_D), tl.arange(0, OPTIONS.BLOCK_DV)
     first, last, gap = steps(bounds, MASKED)
     for at in range(first, last, BLOCK_N):
         start_n = at + tl.where(at < bounds[1], 0, gap) if MASKED else at
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_parts(k_ptr, k_strides, (N, D), offs_n, offs_d, PRECISION, MASKED, D != BLOCK_D)
-        zeros = tl.zeros([offs_m.shape[0], BLOCK_N], acc.dtype)
-        qk = rows_dot(q, q_at, k, (k_ptr, k_strides[0], k_strides[1], N, offs_n), zeros, D, PRECISION)
-        x, raw = logits(
-            qk, offs_m[:, None], offs_n[None, :], M, N, left, right, mask_ptr, mask_strides, scale,
-            MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
-        )
-        m_new = tl.maximum(m_i, tl.max(x, 1) * (1.0 if SCALED else scale))
-        p = exponential(x, raw, m_new[:, None], scale, MASKED, HAS_BIAS, SOFTCAP, SCALED)
+        k = load_rows(k_head, offs_n, offs_d, PRECISION, MASKED, OPTIONS.D != OPTIONS.BLOCK_D)
+        qk = rows_dot(q, k, tl.zeros([q.offs.shape[0], BLOCK_N], acc.dtype), PRECISION)
+        x, raw = logits(qk, q.offs[:, None], offs_n[None, :], band, scale, MASKED, OPTIONS)
+        m_new = tl.maximum(m_i, tl.max(x, 1) * (1.0 if OPTIONS.SCALED else scale))
+        p = exponential(x, raw, m_new[:, None], scale, MASKED, OPTIONS)
         alpha = tl.exp(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
-        if DROPOUT:
-            p = tl.where(keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N), p, 0.0)
-        p = hide_loads(p, HAS_MASK, HAS_BIAS, DROPOUT)
-        v = load_parts(v_ptr, v_strides, (N, DV), offs_n, offs_e, PRECISION, MASKED, DV != BLOCK_DV)
+        if OPTIONS.DROPOUT:
+            p = tl.where(keep_mask(dropout, q.offs, start_n, BLOCK_N), p, 0.0)
+        p = hide_loads(p, OPTIONS)
+        v = load_rows(v_head, offs_n, offs_e, PRECISION, MASKED, OPTIONS.DV != OPTIONS.BLOCK_DV)
         acc = product(p, v, acc * alpha[:, None], PRECISION)
         m_i = m_new
     return acc, m_i, l_i
@@ -80,31 +75,26 @@ def _walk(
 
 @triton.jit
 def _walk_one_by_one(
-    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed, off_b, off_h, offs_m,
-    m_i, l_i, begin, end, M, N, left, right, scale, dropout_p,
-    D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    m_i, l_i, q_head, offs_m, k_head, v_head, band, dropout, scale, bounds, OPTIONS: tl.constexpr
 ):
     """(acc, l_i) of a few rows, without the products 0 * NaN of a dot. m_i is their final maximum, l_i what a sink adds
     to the sum, which is that of these weights: scores are rounded otherwise than those of a dot."""
-    offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    q = whole(load_parts(q_ptr, q_strides, (M, D), offs_m, offs_d, PRECISION), PRECISION).to(m_i.dtype) * SIGN
-    acc = tl.zeros([offs_m.shape[0], BLOCK_DV], m_i.dtype)
-    for n in range(begin, end):
+    PRECISION: tl.constexpr = OPTIONS.PRECISION
+    offs_d, offs_e = tl.arange(0, OPTIONS.BLOCK_D), tl.arange(0, OPTIONS.BLOCK_DV)
+    q = whole(load_rows(q_head, offs_m, offs_d, PRECISION), PRECISION).to(m_i.dtype) * OPTIONS.SIGN
+    acc = tl.zeros([offs_m.shape[0], OPTIONS.BLOCK_DV], m_i.dtype)
+    for n in range(bounds[0], bounds[3]):
         offs_n = n + tl.arange(0, 1)
-        k = whole(load_parts(k_ptr, k_strides, (N, D), offs_n, offs_d, PRECISION), PRECISION).to(m_i.dtype)
-        x, raw = logits(
-            tl.sum(q * k, 1)[:, None], offs_m[:, None], offs_n[None, :], M, N, left, right, mask_ptr, mask_strides,
-            scale, True, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
-        )
-        p = exponential(x, raw, m_i[:, None], scale, True, HAS_BIAS, SOFTCAP, SCALED)
+        k = whole(load_rows(k_head, offs_n, offs_d, PRECISION), PRECISION).to(m_i.dtype)
+        qk = tl.sum(q * k, 1)[:, None]
+        x, raw = logits(qk, offs_m[:, None], offs_n[None, :], band, scale, True, OPTIONS)
+        p = exponential(x, raw, m_i[:, None], scale, True, OPTIONS)
         l_i += tl.sum(p, 1)
-        if DROPOUT:
-            keep = keep_mask(seed, off_b, off_h, offs_m, n // 16 * 16, dropout_p, 16)
+        if OPTIONS.DROPOUT:
+            keep = keep_mask(dropout, offs_m, n // 16 * 16, 16)
             here = tl.sum(tl.where(tl.arange(0, 16)[None, :] == n % 16, keep, 0).to(tl.int32), 1)
             p = tl.where(here[:, None] > 0, p, 0.0)
-        v = whole(load_parts(v_ptr, v_strides, (N, DV), offs_n, offs_e, PRECISION), PRECISION).to(m_i.dtype)
+        v = whole(load_rows(v_head, offs_n, offs_e, PRECISION), PRECISION).to(m_i.dtype)
         acc += tl.where(p == 0.0, 0.0, p * v)
     return acc, l_i
 
@@ -124,30 +114,35 @@ def _fwd_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FEW: tl.constexpr,
 ):
+    OPTIONS: tl.constexpr = Options(
+        D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, EXACT, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )
     row_tiles, splits = tl.cdiv(M, BLOCK_M), tl.cdiv(N, chunk)
     tile, off_b, off_h = split_program(tl.program_id(0), row_tiles * splits, H)
     split, row_tile = tile % splits, row_tiles - 1 - tile // splits  # causal: the longest rows first
     start_m, first_n = row_tile * BLOCK_M, split * chunk
-    q_ptr = head_ptr(q_ptr, stride_qb, stride_qh, off_b, off_h)
-    k_ptr = head_ptr(k_ptr, stride_kb, stride_kh, off_b, off_h // GROUP)
-    v_ptr = head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_h // GROUP)
+    q_head = head(q_ptr, (stride_qb, stride_qh, stride_qm, stride_qd), (M, D), off_b, off_h)
+    k_head = head(k_ptr, (stride_kb, stride_kh, stride_kn, stride_kd), (N, D), off_b, off_h // GROUP)
+    v_head = head(v_ptr, (stride_vb, stride_vh, stride_vn, stride_vd), (N, DV), off_b, off_h // GROUP)
     o_ptr = head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h) + split.to(tl.int64) * stride_os
+    o_head = Matrix(o_ptr, (stride_om, stride_od), (M, DV))
     row = ((split * (tl.num_programs(0) // (row_tiles * splits * H)) + off_b).to(tl.int64) * H + off_h) * M
+    mask = Matrix(None, (0, 0), (M, N))
     if HAS_MASK or HAS_BIAS:
-        mask_ptr = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
+        mask = head(mask_ptr, (stride_ab, stride_ah, stride_am, stride_an), (M, N), off_b, off_h)
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # torch.compile passes float64
-    k_strides, v_strides, mask_strides = (stride_kn, stride_kd), (stride_vn, stride_vd), (stride_am, stride_an)
+    band, dropout = Band(left, right, mask), DropoutMask(dropout_p, keep_factor, seed, off_b, off_h)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    q = load_parts(q_ptr, (stride_qm, stride_qd), (M, D), offs_m, offs_d, PRECISION)
+    q = load_rows(q_head, offs_m, offs_d, PRECISION)
     if SIGN != 1:  # the maximum is taken before the scale, so the scale must not be negative
         q = signed(q, SIGN)
-    q_at = (q_ptr, stride_qm, stride_qd, M, offs_m)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
     m_i = lowest(BLOCK_M, ACC, SCALED)
     l_i = tl.zeros([BLOCK_M], ACC)
@@ -157,25 +152,21 @@ def _fwd_kernel(
         l_i = tl.where(split == 0, tl.exp(sinks - m_i), l_i)
 
     last_n = tl.minimum(first_n + chunk, N)
-    TENSOR: tl.constexpr = HAS_MASK or HAS_BIAS
-    bounds = key_range(start_m, first_n, last_n, left, right, LEFT, RIGHT, TENSOR, BLOCK_M, BLOCK_N)
-    for masked in tl.static_range(1 if TENSOR else 0, 2):
+    bounds = key_range(start_m, first_n, last_n, band, OPTIONS)
+    for masked in tl.static_range(1 if HAS_MASK or HAS_BIAS else 0, 2):
         acc, m_i, l_i = _walk(
-            acc, m_i, l_i, q, q_at, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed,
-            off_b, off_h, offs_m, bounds, M, N, left, right, scale, dropout_p,
-            D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PRECISION,
-            BLOCK_N, BLOCK_D, BLOCK_DV,
+            acc, m_i, l_i, q, k_head, v_head, band, dropout, scale, bounds, masked == 1, OPTIONS
         )
 
     factor = tl.zeros([BLOCK_M], ACC) + keep_factor
     if not SPLIT:  # parts are divided when they are merged
         factor *= inverse_sum(l_i)
-    store_tile(o_ptr, (stride_om, stride_od), (M, DV), offs_m, offs_e, acc * factor[:, None])
+    store_tile(*o_head, offs_m, offs_e, acc * factor[:, None])
     if not SPLIT:
         tl.store(lse_ptr + row + offs_m, m_i + tl.log(l_i), mask=offs_m < M)
     if SPLIT or PAIRED:
         store_pair(stats_ptr, row + offs_m, m_i, l_i, offs_m < M)
-    if LEFT or RIGHT or TENSOR:
+    if LEFT or RIGHT or HAS_MASK or HAS_BIAS:
         if tl.sum((acc != acc).to(tl.int32)) > 0:  # NaN or inf in V, perhaps only where a mask hides it
             for first in range(0, BLOCK_M, FEW):
                 chosen = first + tl.arange(0, FEW)
@@ -187,13 +178,10 @@ def _fwd_kernel(
                     sink = tl.sum(tl.where(here, sinks[None, :], 0.0), 1)
                     l_few = tl.where(split == 0, tl.exp(sink - m_few), 0.0)
                 acc_few, l_few = _walk_one_by_one(
-                    q_ptr, (stride_qm, stride_qd), k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides,
-                    seed, off_b, off_h, start_m + chosen, m_few, l_few, bounds[0], bounds[3], M, N, left, right, scale,
-                    dropout_p, D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PRECISION,
-                    BLOCK_D, BLOCK_DV,
+                    m_few, l_few, q_head, start_m + chosen, k_head, v_head, band, dropout, scale, bounds, OPTIONS
                 )
                 acc_few *= (factor_few * inverse_sum(l_few))[:, None]
-                store_tile(o_ptr, (stride_om, stride_od), (M, DV), start_m + chosen, offs_e, acc_few)
+                store_tile(*o_head, start_m + chosen, offs_e, acc_few)
 
 
 def _outputs(q, k, v, mask, *_):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from triton_attention.launch import launch
 from triton_attention.operators import Function, define_op, differentiate
-from triton_attention.tiles import head_ptr, keep_mask, load_tile, split_program, store_tile
+from triton_attention.tiles import DropoutMask, head, keep_mask, load_tile, split_program, store_tile
 
 
 @triton.jit
@@ -30,11 +30,12 @@ def _dropout_kernel(
     tile, off_b, off_h = split_program(tl.program_id(0), tl.cdiv(M, BLOCK_M) * col_tiles, H)
     start_n = tile % col_tiles * BLOCK_N
     offs_m, offs_n = tile // col_tiles * BLOCK_M + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
-    p_ptr = head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h)
-    o_ptr = head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h)
-    p = load_tile(p_ptr, (stride_pm, stride_pn), (M, N), offs_m, offs_n)
-    keep = keep_mask(tl.load(seed_ptr), off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N)
-    store_tile(o_ptr, (stride_om, stride_on), (M, N), offs_m, offs_n, tl.where(keep, p * factor, 0.0))
+    p_head = head(p_ptr, (stride_pb, stride_ph, stride_pm, stride_pn), (M, N), off_b, off_h)
+    o_head = head(o_ptr, (stride_ob, stride_oh, stride_om, stride_on), (M, N), off_b, off_h)
+    p = load_tile(*p_head, offs_m, offs_n)
+    dropout = DropoutMask(dropout_p, factor, tl.load(seed_ptr), off_b, off_h)
+    p = tl.where(keep_mask(dropout, offs_m, start_n, BLOCK_N), p * factor, 0.0)
+    store_tile(*o_head, offs_m, offs_n, p)
 
 
 @define_op("dropout", fake=lambda probs, seed, dropout_p: probs.new_empty(probs.shape))

@@ -11,13 +11,15 @@ ms, backward 118 -> 14.5 ms. (Henry, Tang and Heinecke, "Leveraging the bfloat16
 higher-precision computations", 2019.)
 """
 
+from typing import NamedTuple
+
 import torch
 
 import triton
 import triton.language as tl
 
 from triton_attention.launch import launch
-from triton_attention.tiles import dot, head_ptr, load_tile, split_program, store_tile
+from triton_attention.tiles import Matrix, dot, head, load_tile, split_program, store_tile
 
 
 # the dtype of a part of float32; in the interpreter, which cannot multiply bfloat16, the first part is the whole number
@@ -33,23 +35,30 @@ def split_float(x):
     return high, middle, (rest - middle.to(tl.float32)).to(PART)
 
 
-@triton.jit
-def load_parts(
-    ptr, strides, shape, rows, cols, PRECISION: tl.constexpr,
-    CHECK_ROWS: tl.constexpr = True, CHECK_COLS: tl.constexpr = True,
-):
-    """A tile as product and rows_dot take it, a tuple: of the tile, or under "parts" of the three parts of float32.
+class Rows(NamedTuple):
+    """Rows of a matrix as product and rows_dot take them: a tile, or under "parts" the three parts of float32, and
+    where they came from."""
 
-    Those are side by side in memory, as triton_attention/float32.py has written them, in tiles as wide as `cols`.
-    """
+    parts: tuple
+    matrix: Matrix
+    offs: tl.tensor
+
+
+@triton.jit
+def load_rows(
+    matrix, rows, cols, PRECISION: tl.constexpr, CHECK_ROWS: tl.constexpr = True, CHECK_COLS: tl.constexpr = True
+):
+    """Rows of a matrix. Under "parts", those of float32 are side by side in memory, as split has written them, in tiles
+    as wide as `cols`."""
     if PRECISION != "parts":
-        return (load_tile(ptr, strides, shape, rows, cols, 0.0, CHECK_ROWS, CHECK_COLS),)
+        return Rows((load_tile(*matrix, rows, cols, 0.0, CHECK_ROWS, CHECK_COLS),), matrix, rows)
     else:
         width: tl.constexpr = cols.shape[0]
+        ptr, strides, shape = matrix
         high = load_tile(ptr, strides, shape, rows, cols, 0.0, CHECK_ROWS, False)
         middle = load_tile(ptr + width, strides, shape, rows, cols, 0.0, CHECK_ROWS, False)
         low = load_tile(ptr + 2 * width, strides, shape, rows, cols, 0.0, CHECK_ROWS, False)
-        return high, middle, low
+        return Rows((high, middle, low), matrix, rows)
 
 
 @triton.jit
@@ -61,30 +70,31 @@ def split_finite(x):
 
 
 @triton.jit
-def whole(parts, PRECISION: tl.constexpr):
-    """The numbers of load_parts again."""
+def whole(rows, PRECISION: tl.constexpr):
+    """The numbers of load_rows."""
     if PRECISION == "parts":
-        return parts[0].to(tl.float32) + (parts[1].to(tl.float32) + parts[2].to(tl.float32))
+        return rows.parts[0].to(tl.float32) + (rows.parts[1].to(tl.float32) + rows.parts[2].to(tl.float32))
     else:
-        return parts[0]
+        return rows.parts[0]
 
 
 @triton.jit
-def map_finite(parts, PRECISION: tl.constexpr):
-    """load_parts with large numbers for NaN and infinity: large, so that scores of -inf stay scores without weight."""
-    LARGE: tl.constexpr = 65504.0 if parts[0].dtype == tl.float16 else 2.0**100
-    large = tl.where(parts[0] > 0.0, LARGE, -LARGE).to(parts[0].dtype)
-    high = tl.where(tl.abs(parts[0]) < float("inf"), parts[0], large)
+def map_finite(rows, PRECISION: tl.constexpr):
+    """Rows with large numbers for NaN and infinity: large, so that scores of -inf stay scores without weight."""
+    high = rows.parts[0]
+    LARGE: tl.constexpr = 65504.0 if high.dtype == tl.float16 else 2.0**100
+    large = tl.where(high > 0.0, LARGE, -LARGE).to(high.dtype)
+    high = tl.where(tl.abs(high) < float("inf"), high, large)
     if PRECISION == "parts":
-        return high, parts[1], parts[2]
+        return Rows((high, rows.parts[1], rows.parts[2]), rows.matrix, rows.offs)
     else:
-        return (high,)
+        return Rows((high,), rows.matrix, rows.offs)
 
 
 @triton.jit
-def signed(parts, SIGN: tl.constexpr):
-    """load_parts times a sign; never of float32, whose scale is applied to the scores."""
-    return ((parts[0] * SIGN).to(parts[0].dtype),)
+def signed(rows, SIGN: tl.constexpr):
+    """Rows times a sign; never of float32, whose scale is applied to the scores."""
+    return Rows(((rows.parts[0] * SIGN).to(rows.parts[0].dtype),), rows.matrix, rows.offs)
 
 
 @triton.jit
@@ -102,33 +112,32 @@ def six_products(a, b, acc):
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b of a tile just computed and one from load_parts."""
+    """acc + a @ b of a tile just computed and of rows."""
     if PRECISION == "parts":
-        return six_products(split_float(a), b, acc)
+        return six_products(split_float(a), b.parts, acc)
     else:
-        return dot(a.to(b[0].dtype), b[0], acc, PRECISION)
+        return dot(a.to(b.parts[0].dtype), b.parts[0], acc, PRECISION)
 
 
 @triton.jit
-def rows_dot(a, a_at, b, b_at, acc, D: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a @ b^T of tiles of rows from load_parts; a_at and b_at, (ptr, stride of a row, of a column, rows of the
-    matrix, offsets of these rows), say where they came from.
+def rows_dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b^T of rows.
 
     Under "bf16x6" and "ieee" float32 is loaded again, a slice of the head dim at a time: a wide tile that stays in
     registers would fill them with its parts, and a sum of slices is more exact than one of all, as PyTorch's is too.
     """
     if PRECISION == "parts":
-        return six_products(a, (tl.trans(b[0]), tl.trans(b[1]), tl.trans(b[2])), acc)
-    elif a[0].dtype == tl.float32 and PRECISION != "tf32":
+        return six_products(a.parts, (tl.trans(b.parts[0]), tl.trans(b.parts[1]), tl.trans(b.parts[2])), acc)
+    elif a.parts[0].dtype == tl.float32 and PRECISION != "tf32":
         SLICE: tl.constexpr = 16
-        for start_d in range(0, a[0].shape[1], SLICE):
+        for start_d in range(0, a.parts[0].shape[1], SLICE):
             offs_d = start_d + tl.arange(0, SLICE)
-            a_slice = load_tile(a_at[0], (a_at[1], a_at[2]), (a_at[3], D), a_at[4], offs_d)
-            b_slice = load_tile(b_at[0], (b_at[1], b_at[2]), (b_at[3], D), b_at[4], offs_d)
+            a_slice = load_tile(*a.matrix, a.offs, offs_d)
+            b_slice = load_tile(*b.matrix, b.offs, offs_d)
             acc = dot(a_slice, tl.trans(b_slice), acc, PRECISION)
         return acc
     else:
-        return dot(a[0], tl.trans(b[0]), acc, PRECISION)
+        return dot(a.parts[0], tl.trans(b.parts[0]), acc, PRECISION)
 
 
 @triton.jit(do_not_specialize=["H", "M"])
@@ -138,9 +147,8 @@ def _split_kernel(
 ):
     tile, off_b, off_h = split_program(tl.program_id(0), tl.cdiv(M, BLOCK_M), H)
     offs_m, offs_d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    x = load_tile(
-        head_ptr(x_ptr, stride_xb, stride_xh, off_b, off_h), (stride_xm, stride_xd), (M, D), offs_m, offs_d
-    )
+    x_head = head(x_ptr, (stride_xb, stride_xh, stride_xm, stride_xd), (M, D), off_b, off_h)
+    x = load_tile(*x_head, offs_m, offs_d)
     high, middle, low = split_finite(x)
     parts_ptr += (off_b.to(tl.int64) * H + off_h) * M * (3 * BLOCK_D)
     strides, shape = (3 * BLOCK_D, 1), (M, BLOCK_D)
@@ -155,7 +163,7 @@ def in_parts(precision, *tensors):
 
 
 def split(x):
-    """The parts [B, H, M, 3 * W] of float32 x [B, H, M, D] for load_parts: W is the power of two >= 16 that holds D,
+    """The parts [B, H, M, 3 * W] of float32 x [B, H, M, D] for load_rows: W is the power of two >= 16 that holds D,
     with zeros between. What was expanded is written out."""
     (B, H, M, D), W = x.shape, max(16, triton.next_power_of_2(x.shape[3]))
     parts = x.new_empty(B, H, M, 3 * W, dtype=torch.float32 if PART.value == tl.float32 else torch.bfloat16)

@@ -15,19 +15,23 @@ Two kernels, so that every sum belongs to one program and none needs atomics: re
 Dao et al., "FlashAttention", 2022, appendix B; Dao, "FlashAttention-2", 2023, section 3.1.2.
 """
 
+from typing import NamedTuple
+
 import torch
 
 import triton
 import triton.language as tl
 
-from triton_attention.float32 import in_parts, load_parts, map_finite, product, rows_dot, signed, whole
+from triton_attention.float32 import in_parts, load_rows, map_finite, product, rows_dot, signed, whole
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments
 from triton_attention.launch import launch
-from triton_attention.logits import exponential, key_range, load_pair, logits, query_range, steps, store_pair
+from triton_attention.logits import (
+    Band, Options, exponential, key_range, load_pair, logits, query_range, steps, store_pair,
+)
 from triton_attention.operators import define_op
 from triton_attention.tile_choice import compile_options, tile_for
 from triton_attention.tiles import (
-    dot, head_ptr, hide_loads, inverse_sum, keep_mask, load_tile, split_program, store_tile,
+    DropoutMask, Matrix, dot, head, hide_loads, inverse_sum, keep_mask, load_tile, split_program, store_tile,
 )
 
 
@@ -43,10 +47,18 @@ def _normalizer(lse_ptr, stats_ptr, row, offs_m, M, PAIRED: tl.constexpr):
     return tl.where(top == float("-inf"), 0.0, top), inverse
 
 
+class Record(NamedTuple):
+    """Of queries: P = e^(logits - top) * inverse, dS = P * (dP - delta - rest); rest is None before it is known."""
+
+    top: tl.tensor
+    inverse: tl.tensor
+    delta: tl.tensor
+    rest: tl.tensor
+
+
 @triton.jit
 def load_record(record_ptr, row, offs_m, M):
-    """(top, inverse, delta, rest) of queries: P = e^(logits - top) * inverse, dS = P * (dP - delta - rest). The top of
-    a query past the last is inf.
+    """The Record of queries, where the top of one past the last is inf.
 
     In one piece: four loads of a number a query would each be made by all the threads that need one of them.
     """
@@ -55,44 +67,43 @@ def load_record(record_ptr, row, offs_m, M):
     even, odd = tl.split(tl.reshape(record, [record.shape[0], 2, 2]))
     top, delta = tl.split(even)
     inverse, rest = tl.split(odd)
-    return tl.where(offs_m < M, top, float("inf")), inverse, delta, rest
+    return Record(tl.where(offs_m < M, top, float("inf")), inverse, delta, rest)
+
+
+@triton.jit
+def store_record(record_ptr, rows, record, mask):
+    """Inverse of load_record."""
+    store_pair(record_ptr, 2 * rows, record.top, record.inverse, mask)
+    store_pair(record_ptr, 2 * rows + 1, record.delta, record.rest, mask)
 
 
 @triton.jit
 def probs(
-    qk, top, inverse, offs_m, start_n, M, N, left, right, mask_ptr, mask_strides, scale,
-    M_AXIS: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    PAIRED: tl.constexpr, BLOCK_N: tl.constexpr,
+    qk, record, offs_m, offs_n, band, scale, M_AXIS: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr
 ):
     """(P before dropout, tanh where there is a softcap) of a tile with its queries along M_AXIS, 0 or 1."""
-    m, n = tl.expand_dims(offs_m, 1 - M_AXIS), tl.expand_dims(start_n + tl.arange(0, BLOCK_N), M_AXIS)
-    x, raw = logits(
-        qk, m, n, M, N, left, right, mask_ptr, mask_strides, scale,
-        MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED,
-    )
-    p = exponential(x, raw, tl.expand_dims(top, 1 - M_AXIS), scale, MASKED, HAS_BIAS, SOFTCAP, SCALED)
-    if PAIRED:
-        p *= tl.expand_dims(inverse, 1 - M_AXIS)
+    m, n = tl.expand_dims(offs_m, 1 - M_AXIS), tl.expand_dims(offs_n, M_AXIS)
+    x, raw = logits(qk, m, n, band, scale, MASKED, OPTIONS)
+    p = exponential(x, raw, tl.expand_dims(record.top, 1 - M_AXIS), scale, MASKED, OPTIONS)
+    if OPTIONS.PAIRED:
+        p *= tl.expand_dims(record.inverse, 1 - M_AXIS)
     if MASKED:
         hidden = x == float("-inf")
         if M_AXIS == 1:  # a query past the last is 0, and 0 * inf of a key is NaN
-            hidden = hidden | (tl.expand_dims(top, 0) == float("inf"))
+            hidden = hidden | (tl.expand_dims(record.top, 0) == float("inf"))
         p = tl.where(hidden, 0.0, p)
     return p, raw
 
 
 @triton.jit
-def dscores(
-    p, dp, tanh, delta, rest, M_AXIS: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr
-):
+def dscores(p, dp, tanh, record, M_AXIS: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr):
     """(d loss / d logit, d loss / d (scale Q K^T)) of a tile of P and dP."""
-    ds = dp - tl.expand_dims(delta, 1 - M_AXIS)
-    if EXACT:
-        ds -= tl.expand_dims(rest, 1 - M_AXIS)
+    ds = dp - tl.expand_dims(record.delta, 1 - M_AXIS)
+    if OPTIONS.EXACT and record.rest is not None:
+        ds -= tl.expand_dims(record.rest, 1 - M_AXIS)
     ds *= p
     ds_qk = ds
-    if SOFTCAP > 0.0:
+    if OPTIONS.SOFTCAP > 0.0:
         ds_qk = ds * (1.0 - tanh * tanh)
     if MASKED:  # a hidden key may hold NaN
         ds, ds_qk = tl.where(p == 0.0, 0.0, ds), tl.where(p == 0.0, 0.0, ds_qk)
@@ -101,45 +112,38 @@ def dscores(
 
 @triton.jit
 def _walk_keys(
-    dq, pk, left_over, q, q_at, do, do_at, rows, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, seed,
-    off_b, off_h, offs_m, bounds, M, N, left, right, scale, dropout_p, keep_factor,
-    D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DLSE: tl.constexpr, SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    dq, pk, left_over, q, do, record, dlse, k_head, v_head, band, dropout, scale, bounds,
+    HAS_DLSE: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):
-    """(dq + dS K, pk + P K, left_over + rowsum(dS without dlse)) over some keys, the last two only if EXACT;
-    rows are (top, inverse, delta, dlse)."""
-    offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    """(dq + dS K, pk + P K, left_over + rowsum(dS without dlse)) over some keys, the last two only if EXACT."""
+    PRECISION: tl.constexpr = OPTIONS.PRECISION
+    BLOCK_N: tl.constexpr = OPTIONS.BLOCK_N
+    offs_d, offs_e = tl.arange(0, OPTIONS.BLOCK_D), tl.arange(0, OPTIONS.BLOCK_DV)
     first, last, gap = steps(bounds, MASKED)
     for at in range(first, last, BLOCK_N):
         start_n = at + tl.where(at < bounds[1], 0, gap) if MASKED else at
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_parts(k_ptr, k_strides, (N, D), offs_n, offs_d, PRECISION, MASKED, D != BLOCK_D)
-        v = load_parts(v_ptr, v_strides, (N, DV), offs_n, offs_e, PRECISION, MASKED, DV != BLOCK_DV)
-        if MASKED and (LEFT or RIGHT or HAS_MASK or HAS_BIAS):
+        k = load_rows(k_head, offs_n, offs_d, PRECISION, MASKED, OPTIONS.D != OPTIONS.BLOCK_D)
+        v = load_rows(v_head, offs_n, offs_e, PRECISION, MASKED, OPTIONS.DV != OPTIONS.BLOCK_DV)
+        if MASKED and (OPTIONS.LEFT or OPTIONS.RIGHT or OPTIONS.HAS_MASK or OPTIONS.HAS_BIAS):
             # NaN or inf in a hidden key, times its dS of 0, would be NaN; a query that sees NaN has it in lse already
             k = map_finite(k, PRECISION)
-        zeros = tl.zeros([offs_m.shape[0], BLOCK_N], dq.dtype)
-        qk = rows_dot(q, q_at, k, (k_ptr, k_strides[0], k_strides[1], N, offs_n), zeros, D, PRECISION)
-        dp = rows_dot(do, do_at, v, (v_ptr, v_strides[0], v_strides[1], N, offs_n), zeros, DV, PRECISION)
-        p, tanh = probs(
-            qk, rows[0], rows[1], offs_m, start_n, M, N, left, right, mask_ptr, mask_strides, scale,
-            0, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, PAIRED, BLOCK_N,
-        )
-        if DROPOUT:
-            keep = keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N)
-            dp = tl.where(keep, dp * keep_factor, 0.0)
-        ds_logits, ds = dscores(p, dp, tanh, rows[2], rows[2], 0, MASKED, SOFTCAP, False)  # no rest yet
-        if EXACT:
+        zeros = tl.zeros([q.offs.shape[0], BLOCK_N], dq.dtype)
+        qk = rows_dot(q, k, zeros, PRECISION)
+        dp = rows_dot(do, v, zeros, PRECISION)
+        p, tanh = probs(qk, record, q.offs, offs_n, band, scale, 0, MASKED, OPTIONS)
+        if OPTIONS.DROPOUT:
+            dp = tl.where(keep_mask(dropout, q.offs, start_n, BLOCK_N), dp * dropout.factor, 0.0)
+        ds_logits, ds = dscores(p, dp, tanh, record, 0, MASKED, OPTIONS)
+        if OPTIONS.EXACT:
             left_over += tl.sum(ds_logits, 1)
-            if SOFTCAP > 0.0:
+            if OPTIONS.SOFTCAP > 0.0:
                 p = tl.where(p == 0.0, 0.0, p * (1.0 - tanh * tanh))
             if HAS_DLSE:
-                ds += tl.where(p == 0.0, 0.0, p * rows[3][:, None])
-            p = hide_loads(p, HAS_MASK, HAS_BIAS, DROPOUT)
-            pk = dot(p.to(k[0].dtype), k[0], pk, "ieee" if PRECISION == "parts" else PRECISION)
-        ds = hide_loads(ds, HAS_MASK, HAS_BIAS, DROPOUT)
+                ds += tl.where(p == 0.0, 0.0, p * dlse[:, None])
+            p, high = hide_loads(p, OPTIONS), k.parts[0]
+            pk = dot(p.to(high.dtype), high, pk, "ieee" if PRECISION == "parts" else PRECISION)
+        ds = hide_loads(ds, OPTIONS)
         dq = product(ds, k, dq, PRECISION)
     return dq, pk, left_over
 
@@ -160,37 +164,39 @@ def _dq_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
+    OPTIONS: tl.constexpr = Options(
+        D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, EXACT, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )
     row_tiles = tl.cdiv(M, BLOCK_M)
     tile, off_b, off_h = split_program(tl.program_id(0), row_tiles, H)
     start_m = (row_tiles - 1 - tile) * BLOCK_M  # causal: the longest rows first
-    do_ptr = head_ptr(do_ptr, stride_gb, stride_gh, off_b, off_h)
-    q_ptr = head_ptr(q_ptr, stride_qb, stride_qh, off_b, off_h)
-    k_ptr = head_ptr(k_ptr, stride_kb, stride_kh, off_b, off_h // GROUP)
-    v_ptr = head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_h // GROUP)
-    o_ptr = head_ptr(o_ptr, stride_ob, stride_oh, off_b, off_h)
-    dq_ptr = head_ptr(dq_ptr, stride_rb, stride_rh, off_b, off_h)
+    do_head = head(do_ptr, (stride_gb, stride_gh, stride_gm, stride_gd), (M, DV), off_b, off_h)
+    q_head = head(q_ptr, (stride_qb, stride_qh, stride_qm, stride_qd), (M, D), off_b, off_h)
+    k_head = head(k_ptr, (stride_kb, stride_kh, stride_kn, stride_kd), (N, D), off_b, off_h // GROUP)
+    v_head = head(v_ptr, (stride_vb, stride_vh, stride_vn, stride_vd), (N, DV), off_b, off_h // GROUP)
+    o_head = head(o_ptr, (stride_ob, stride_oh, stride_om, stride_od), (M, DV), off_b, off_h)
+    dq_head = head(dq_ptr, (stride_rb, stride_rh, stride_rm, stride_rd), (M, D), off_b, off_h)
+    mask = Matrix(None, (0, 0), (M, N))
     if HAS_MASK or HAS_BIAS:
-        mask_ptr = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
+        mask = head(mask_ptr, (stride_ab, stride_ah, stride_am, stride_an), (M, N), off_b, off_h)
     row = (off_b.to(tl.int64) * H + off_h) * M
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # torch.compile passes float64
+    band, dropout = Band(left, right, mask), DropoutMask(dropout_p, keep_factor, seed, off_b, off_h)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    q = load_parts(q_ptr, (stride_qm, stride_qd), (M, D), offs_m, offs_d, PRECISION)
+    q = load_rows(q_head, offs_m, offs_d, PRECISION)
     if SIGN != 1:
         q = signed(q, SIGN)
-    do = load_parts(do_ptr, (stride_gm, stride_gd), (M, DV), offs_m, offs_e, PRECISION)
-    q_at = (q_ptr, stride_qm, stride_qd, M, offs_m)
-    do_at = (do_ptr, stride_gm, stride_gd, M, offs_m)
-    k_strides, v_strides = (stride_kn, stride_kd), (stride_vn, stride_vd)
-    o = load_tile(o_ptr, (stride_om, stride_od), (M, DV), offs_m, offs_e)
+    do = load_rows(do_head, offs_m, offs_e, PRECISION)
+    o = load_tile(*o_head, offs_m, offs_e)
     top, inverse = _normalizer(lse_ptr, stats_ptr, row, offs_m, M, PAIRED)
-    TENSOR: tl.constexpr = HAS_MASK or HAS_BIAS
-    bounds = key_range(start_m, 0, N, left, right, LEFT, RIGHT, TENSOR, BLOCK_M, BLOCK_N)
+    bounds = key_range(start_m, 0, N, band, OPTIONS)
 
     delta = tl.sum(whole(do, PRECISION).to(ACC) * o.to(ACC), 1)
     dlse, rest = tl.zeros([BLOCK_M], ACC), tl.zeros([BLOCK_M], ACC)
@@ -199,42 +205,38 @@ def _dq_kernel(
         if not EXACT:
             delta -= dlse
     if not EXACT:  # now, not when the sum is done: what is kept until then takes registers
-        store_pair(record_ptr, 2 * (row + offs_m), top, inverse, offs_m < M)
-        store_pair(record_ptr, 2 * (row + offs_m) + 1, delta, rest, offs_m < M)
+        store_record(record_ptr, row + offs_m, Record(top, inverse, delta, rest), offs_m < M)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     pk = dq
-    for masked in tl.static_range(1 if TENSOR else 0, 2):
+    for masked in tl.static_range(1 if HAS_MASK or HAS_BIAS else 0, 2):
         dq, pk, rest = _walk_keys(
-            dq, pk, rest, q, q_at, do, do_at, (top, inverse, delta, dlse), k_ptr, k_strides, v_ptr, v_strides,
-            mask_ptr, (stride_am, stride_an), seed, off_b, off_h, offs_m, bounds,
-            M, N, left, right, scale, dropout_p, keep_factor,
-            D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, HAS_DLSE, SOFTCAP, SCALED, DROPOUT, PAIRED, EXACT,
-            PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+            dq, pk, rest, q, do, Record(top, inverse, delta, None), dlse, k_head, v_head, band, dropout, scale, bounds,
+            HAS_DLSE, masked == 1, OPTIONS,
         )
     if EXACT:  # rowsum(P * dP) less what rounding made of it in delta: much, where one key has almost all of the weight
         if HAS_SINKS:  # then P has a sum of 1 less the sink's weight
             rest -= delta * tl.exp(tl.load(sinks_ptr + off_h * stride_xh).to(ACC) - top) * inverse
         dq -= rest[:, None] * pk
         rest -= dlse
-        store_pair(record_ptr, 2 * (row + offs_m), top, inverse, offs_m < M)
-        store_pair(record_ptr, 2 * (row + offs_m) + 1, delta, rest, offs_m < M)
-    store_tile(dq_ptr, (stride_rm, stride_rd), (M, D), offs_m, offs_d, dq * (scale * SIGN))
+        store_record(record_ptr, row + offs_m, Record(top, inverse, delta, rest), offs_m < M)
+    store_tile(*dq_head, offs_m, offs_d, dq * (scale * SIGN))
 
 
 @triton.jit
 def _walk_queries(
-    dk, dv, k, k_at, v, v_at, do_ptr, do_strides, q_ptr, q_strides, mask_ptr, mask_strides, record_ptr,
-    seed, off_b, first_h, start_n, bounds, H, M, N, left, right, scale, dropout_p, keep_factor,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    DROPOUT: tl.constexpr, PAIRED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    dk, dv, k, v, q_heads, do_heads, record_ptr, band, dropout, scale, off_b, first_h, H, start_n, bounds,
+    GROUP: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):
-    """(dk + dS^T Q, dv + P^T dO) over the queries that see every key of the block, or if MASKED over the others.
+    """(dk + dS^T Q, dv + P^T dO) over the queries that see every key of the block, or if MASKED over the others. What
+    differs from head to head (q, do, the band's mask) is given as `head` takes it.
 
     One loop over all heads of the group: a loop around it would keep the addresses of both in registers.
     """
-    offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    PRECISION: tl.constexpr = OPTIONS.PRECISION
+    BLOCK_M: tl.constexpr = OPTIONS.BLOCK_M
+    BLOCK_N: tl.constexpr = OPTIONS.BLOCK_N
+    offs_d, offs_e = tl.arange(0, OPTIONS.BLOCK_D), tl.arange(0, OPTIONS.BLOCK_DV)
+    M = q_heads[2][0]
     first, last, gap = steps(bounds, MASKED)
     tiles = tl.cdiv(last - first, BLOCK_M)
     for step in range(0, GROUP * tiles):
@@ -243,36 +245,29 @@ def _walk_queries(
         if MASKED:
             start_m += tl.where(start_m < bounds[1], 0, gap)
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        q_head = head_ptr(q_ptr, q_strides[0], q_strides[1], off_b, off_h)
-        q = load_parts(q_head, (q_strides[2], q_strides[3]), (M, D), offs_m, offs_d, PRECISION, MASKED, D != BLOCK_D)
-        q_at = (q_head, q_strides[2], q_strides[3], M, offs_m)
-        do_head = head_ptr(do_ptr, do_strides[0], do_strides[1], off_b, off_h)
-        do = load_parts(
-            do_head, (do_strides[2], do_strides[3]), (M, DV), offs_m, offs_e, PRECISION, MASKED, DV != BLOCK_DV
-        )
-        do_at = (do_head, do_strides[2], do_strides[3], M, offs_m)
-        row = (off_b.to(tl.int64) * H + off_h) * M
-        top, inverse, delta, rest = load_record(record_ptr, row, offs_m, M)
-        mask_head = mask_ptr
-        if HAS_MASK or HAS_BIAS:
-            mask_head = head_ptr(mask_ptr, mask_strides[0], mask_strides[1], off_b, off_h)
+        q_head = head(*q_heads, off_b, off_h)
+        q = load_rows(q_head, offs_m, offs_d, PRECISION, MASKED, OPTIONS.D != OPTIONS.BLOCK_D)
+        do_head = head(*do_heads, off_b, off_h)
+        do = load_rows(do_head, offs_m, offs_e, PRECISION, MASKED, OPTIONS.DV != OPTIONS.BLOCK_DV)
+        record = load_record(record_ptr, (off_b.to(tl.int64) * H + off_h) * M, offs_m, M)
+        seen, dropped = band, dropout
+        if OPTIONS.HAS_MASK or OPTIONS.HAS_BIAS:
+            seen = Band(band.left, band.right, head(*band.mask, off_b, off_h))
         zeros = tl.zeros([BLOCK_N, BLOCK_M], dk.dtype)
-        qk_t = rows_dot(k, k_at, q, q_at, zeros, D, PRECISION)
-        p_t, tanh = probs(
-            qk_t, top, inverse, offs_m, start_n, M, N, left, right, mask_head, (mask_strides[2], mask_strides[3]),
-            scale, 1, MASKED, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, PAIRED, BLOCK_N,
-        )
+        qk_t = rows_dot(k, q, zeros, PRECISION)
+        p_t, tanh = probs(qk_t, record, offs_m, k.offs, seen, scale, 1, MASKED, OPTIONS)
         kept = p_t
-        if DROPOUT:
-            keep = tl.trans(keep_mask(seed, off_b, off_h, offs_m, start_n, dropout_p, BLOCK_N).to(tl.int32)) > 0
-            kept = tl.where(keep, p_t * keep_factor, 0.0)
-        kept = hide_loads(kept, HAS_MASK, HAS_BIAS, DROPOUT)
+        if OPTIONS.DROPOUT:
+            dropped = DropoutMask(dropout.p, dropout.factor, dropout.seed, off_b, off_h)
+            keep = tl.trans(keep_mask(dropped, offs_m, start_n, BLOCK_N).to(tl.int32)) > 0
+            kept = tl.where(keep, p_t * dropout.factor, 0.0)
+        kept = hide_loads(kept, OPTIONS)
         dv = product(kept, do, dv, PRECISION)  # before dP: frees the registers that hold P as an operand
-        dp_t = rows_dot(v, v_at, do, do_at, zeros, DV, PRECISION)
-        if DROPOUT:
-            dp_t = tl.where(keep, dp_t * keep_factor, 0.0)
-        _, ds_t = dscores(p_t, dp_t, tanh, delta, rest, 1, MASKED, SOFTCAP, EXACT)
-        ds_t = hide_loads(ds_t, HAS_MASK, HAS_BIAS, DROPOUT)
+        dp_t = rows_dot(v, do, zeros, PRECISION)
+        if OPTIONS.DROPOUT:
+            dp_t = tl.where(keep, dp_t * dropout.factor, 0.0)
+        _, ds_t = dscores(p_t, dp_t, tanh, record, 1, MASKED, OPTIONS)
+        ds_t = hide_loads(ds_t, OPTIONS)
         dk = product(ds_t, q, dk, PRECISION)
     return dk, dv
 
@@ -293,41 +288,43 @@ def _dkdv_kernel(
     DROPOUT: tl.constexpr, PAIRED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
+    OPTIONS: tl.constexpr = Options(
+        D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, EXACT, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )
     tile, off_b, off_hk = split_program(tl.program_id(0), tl.cdiv(N, BLOCK_N), H // GROUP)
     start_n = tile * BLOCK_N
-    k_ptr = head_ptr(k_ptr, stride_kb, stride_kh, off_b, off_hk)
-    v_ptr = head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_hk)
-    dk_ptr = head_ptr(dk_ptr, stride_rb, stride_rh, off_b, off_hk)
-    dv_ptr = head_ptr(dv_ptr, stride_wb, stride_wh, off_b, off_hk)
+    k_head = head(k_ptr, (stride_kb, stride_kh, stride_kn, stride_kd), (N, D), off_b, off_hk)
+    v_head = head(v_ptr, (stride_vb, stride_vh, stride_vn, stride_vd), (N, DV), off_b, off_hk)
+    dk_head = head(dk_ptr, (stride_rb, stride_rh, stride_rn, stride_rd), (N, D), off_b, off_hk)
+    dv_head = head(dv_ptr, (stride_wb, stride_wh, stride_wn, stride_wd), (N, DV), off_b, off_hk)
+    q_heads = (q_ptr, (stride_qb, stride_qh, stride_qm, stride_qd), (M, D))
+    do_heads = (do_ptr, (stride_gb, stride_gh, stride_gm, stride_gd), (M, DV))
+    mask_heads = (mask_ptr, (stride_ab, stride_ah, stride_am, stride_an), (M, N))
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # torch.compile passes float64
+    band, dropout = Band(left, right, mask_heads), DropoutMask(dropout_p, keep_factor, seed, off_b, off_hk)
 
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    k = load_parts(k_ptr, (stride_kn, stride_kd), (N, D), offs_n, offs_d, PRECISION)
+    k = load_rows(k_head, offs_n, offs_d, PRECISION)
     if SIGN != 1:
         k = signed(k, SIGN)
-    v = load_parts(v_ptr, (stride_vn, stride_vd), (N, DV), offs_n, offs_e, PRECISION)
+    v = load_rows(v_head, offs_n, offs_e, PRECISION)
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
 
-    TENSOR: tl.constexpr = HAS_MASK or HAS_BIAS
-    bounds = query_range(start_n, M, left, right, LEFT, RIGHT, TENSOR, BLOCK_M, BLOCK_N)
-    for masked in tl.static_range(1 if TENSOR else 0, 2):
+    bounds = query_range(start_n, M, band, OPTIONS)
+    for masked in tl.static_range(1 if HAS_MASK or HAS_BIAS else 0, 2):
         dk, dv = _walk_queries(
-            dk, dv, k, (k_ptr, stride_kn, stride_kd, N, offs_n), v, (v_ptr, stride_vn, stride_vd, N, offs_n),
-            do_ptr, (stride_gb, stride_gh, stride_gm, stride_gd),
-            q_ptr, (stride_qb, stride_qh, stride_qm, stride_qd), mask_ptr, (stride_ab, stride_ah, stride_am, stride_an),
-            record_ptr, seed, off_b, off_hk * GROUP, start_n, bounds,
-            H, M, N, left, right, scale, dropout_p, keep_factor,
-            GROUP, D, DV, masked == 1, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, EXACT,
-            PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            dk, dv, k, v, q_heads, do_heads, record_ptr, band, dropout, scale, off_b, off_hk * GROUP, H, start_n, bounds,
+            GROUP, masked == 1, OPTIONS,
         )
-    store_tile(dk_ptr, (stride_rn, stride_rd), (N, D), offs_n, offs_d, dk * (scale * SIGN))
-    store_tile(dv_ptr, (stride_wn, stride_wd), (N, DV), offs_n, offs_e, dv)
+    store_tile(*dk_head, offs_n, offs_d, dk * (scale * SIGN))
+    store_tile(*dv_head, offs_n, offs_e, dv)
 
 
 def _fused_gradients(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, *_):

@@ -11,13 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_attention.float32 import in_parts, load_parts, rows_dot, signed
+from triton_attention.float32 import in_parts, load_rows, rows_dot, signed
 from triton_attention.fused_backward import dscores, load_record, probs
 from triton_attention.fused_common import fused_arguments
 from triton_attention.launch import launch
+from triton_attention.logits import Band, Options
 from triton_attention.operators import define_op
 from triton_attention.tile_choice import compile_options, tile_for
-from triton_attention.tiles import head_ptr, keep_mask, split_program, store_tile
+from triton_attention.tiles import DropoutMask, head, keep_mask, split_program, store_tile
 
 
 @triton.jit(do_not_specialize=["B", "H", "GROUP", "M", "N", "left", "right", "GH", "GM", "GN"])
@@ -30,12 +31,16 @@ def _dbias_kernel(
     record_ptr, dbias_ptr, stride_rb, stride_rh, stride_rm, stride_rn,
     seed_ptr, scale, dropout_p, keep_factor, B, H, GROUP, M, N, left, right, GH, GM, GN,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
+    DROPOUT: tl.constexpr, PAIRED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_M: tl.constexpr, SUM_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """One tile of the bias's gradient [GB, GH, GM, GN]: dS summed over the dimensions where the bias has size 1."""
+    OPTIONS: tl.constexpr = Options(
+        D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, EXACT, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )
     col_tiles = tl.cdiv(GN, BLOCK_N)
     tile, first_b, first_h = split_program(tl.program_id(0), tl.cdiv(GM, BLOCK_M) * col_tiles, GH)
     start_m, start_n = tile // col_tiles * BLOCK_M, tile % col_tiles * BLOCK_N
@@ -51,44 +56,38 @@ def _dbias_kernel(
         for h in range(0, H if SUM_H else 1):
             off_b, off_h = first_b + b, first_h + h
             row = (off_b.to(tl.int64) * H + off_h) * M
-            do_head = head_ptr(do_ptr, stride_gb, stride_gh, off_b, off_h)
-            q_head = head_ptr(q_ptr, stride_qb, stride_qh, off_b, off_h)
-            k_head = head_ptr(k_ptr, stride_kb, stride_kh, off_b, off_h // GROUP)
-            v_head = head_ptr(v_ptr, stride_vb, stride_vh, off_b, off_h // GROUP)
-            mask_head = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
+            do_head = head(do_ptr, (stride_gb, stride_gh, stride_gm, stride_gd), (M, DV), off_b, off_h)
+            q_head = head(q_ptr, (stride_qb, stride_qh, stride_qm, stride_qd), (M, D), off_b, off_h)
+            k_head = head(k_ptr, (stride_kb, stride_kh, stride_kn, stride_kd), (N, D), off_b, off_h // GROUP)
+            v_head = head(v_ptr, (stride_vb, stride_vh, stride_vn, stride_vd), (N, DV), off_b, off_h // GROUP)
+            mask = head(mask_ptr, (stride_ab, stride_ah, stride_am, stride_an), (M, N), off_b, off_h)
+            band, dropout = Band(left, right, mask), DropoutMask(dropout_p, keep_factor, seed, off_b, off_h)
             for m in range(start_m, M if SUM_M else start_m + 1, BLOCK_M):
                 offs_m = m + tl.arange(0, BLOCK_M)
-                q = load_parts(q_head, (stride_qm, stride_qd), (M, D), offs_m, offs_d, PRECISION)
+                q = load_rows(q_head, offs_m, offs_d, PRECISION)
                 if SIGN != 1:
                     q = signed(q, SIGN)
-                do = load_parts(do_head, (stride_gm, stride_gd), (M, DV), offs_m, offs_e, PRECISION)
-                q_at = (q_head, stride_qm, stride_qd, M, offs_m)
-                do_at = (do_head, stride_gm, stride_gd, M, offs_m)
-                top, inverse, delta, rest = load_record(record_ptr, row, offs_m, M)
+                do = load_rows(do_head, offs_m, offs_e, PRECISION)
+                record = load_record(record_ptr, row, offs_m, M)
                 for n in range(start_n, N if SUM_N else start_n + 1, BLOCK_N):
                     offs_n = n + tl.arange(0, BLOCK_N)
-                    k = load_parts(k_head, (stride_kn, stride_kd), (N, D), offs_n, offs_d, PRECISION)
-                    v = load_parts(v_head, (stride_vn, stride_vd), (N, DV), offs_n, offs_e, PRECISION)
+                    k = load_rows(k_head, offs_n, offs_d, PRECISION)
+                    v = load_rows(v_head, offs_n, offs_e, PRECISION)
                     zeros = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-                    qk = rows_dot(q, q_at, k, (k_head, stride_kn, stride_kd, N, offs_n), zeros, D, PRECISION)
-                    p, tanh = probs(
-                        qk, top, inverse, offs_m, n, M, N, left, right,
-                        mask_head, (stride_am, stride_an), scale,
-                        0, True, LEFT, RIGHT, False, True, SOFTCAP, SCALED, PAIRED, BLOCK_N,
-                    )
-                    dp = rows_dot(do, do_at, v, (v_head, stride_vn, stride_vd, N, offs_n), zeros, DV, PRECISION)
+                    qk = rows_dot(q, k, zeros, PRECISION)
+                    p, tanh = probs(qk, record, offs_m, offs_n, band, scale, 0, True, OPTIONS)
+                    dp = rows_dot(do, v, zeros, PRECISION)
                     if DROPOUT:
-                        keep = keep_mask(seed, off_b, off_h, offs_m, n, dropout_p, BLOCK_N)
-                        dp = tl.where(keep, dp * keep_factor, 0.0)
-                    ds, _ = dscores(p, dp, tanh, delta, rest, 0, True, SOFTCAP, EXACT)
+                        dp = tl.where(keep_mask(dropout, offs_m, n, BLOCK_N), dp * keep_factor, 0.0)
+                    ds, _ = dscores(p, dp, tanh, record, 0, True, OPTIONS)
                     acc += tl.where(offs_m[:, None] < M, ds, 0.0)
     if SUM_M:
         acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], acc.shape)
     if SUM_N:
         acc = tl.broadcast_to(tl.sum(acc, 1)[:, None], acc.shape)
-    dbias_ptr = head_ptr(dbias_ptr, stride_rb, stride_rh, first_b, first_h)
+    dbias_head = head(dbias_ptr, (stride_rb, stride_rh, stride_rm, stride_rn), (GM, GN), first_b, first_h)
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
-    store_tile(dbias_ptr, (stride_rm, stride_rn), (GM, GN), offs_m, offs_n, acc)
+    store_tile(*dbias_head, offs_m, offs_n, acc)
 
 
 def _bias_gradient(do, q, k, v, mask, seed, record, shape, dtype, *_):
@@ -107,8 +106,6 @@ def fused_bias_gradient_op(
         return dbias.zero_()
     record = record.contiguous()  # which vmap may have expanded
     q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
-    for flag in ("HAS_MASK", "HAS_BIAS"):
-        del constants[flag]
     dtype = q.dtype
     do, q, k, v = in_parts(constants["PRECISION"], do, q, k, v)
     tile = tile_for("fused dbias", dtype, max(constants["D"], constants["DV"]), False, q.device)

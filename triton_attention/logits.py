@@ -9,50 +9,81 @@ right = 0, a sliding window has both sides. A mask or bias tensor forbids more, 
 """
 
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+from triton_attention.tiles import Matrix
+
 LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2.0))
 
 
+class Options(NamedTuple):
+    """What a build of the fused kernels is compiled for: the constants that all of them take."""
+
+    D: int
+    DV: int
+    SIGN: int  # of the scale
+    LEFT: bool  # whether the band ends on this side
+    RIGHT: bool
+    HAS_MASK: bool
+    HAS_BIAS: bool
+    SOFTCAP: float  # 0: none
+    SCALED: bool  # whether logits are scaled before the maximum is taken of them
+    DROPOUT: bool
+    PAIRED: bool  # see fused_common.py
+    EXACT: bool
+    PRECISION: str  # of float32 products, see dot_precision in tile_choice.py
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    BLOCK_DV: int
+
+
+class Band(NamedTuple):
+    """The keys that query m of a head sees: from m + left to m + right, those that the mask [M, N] allows."""
+
+    left: tl.tensor
+    right: tl.tensor
+    mask: Matrix
+
+
 @triton.jit
-def key_range(
-    start_m, first_n, last_n, left, right,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, TENSOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
+def key_range(start_m, first_n, last_n, band, OPTIONS: tl.constexpr):
     """(begin, full_begin, full_end, end): a block of BLOCK_M queries visits key tiles begin ... end of first_n ...
     last_n; of those from full_begin to full_end every query sees every key. All but end are first_n + k * BLOCK_N.
-    With a mask or bias TENSOR no tile is known to be full: then full_begin = full_end = end."""
+    With a mask or a bias no tile is known to be full: then full_begin = full_end = end."""
+    BLOCK_M: tl.constexpr = OPTIONS.BLOCK_M
+    BLOCK_N: tl.constexpr = OPTIONS.BLOCK_N
     begin, full_begin, full_end, end = first_n, first_n, last_n, last_n
-    if RIGHT:
-        end = tl.maximum(tl.minimum(start_m + BLOCK_M + right, last_n), first_n)
-        full_end = tl.maximum(tl.minimum(start_m + 1 + right, last_n), first_n)
-    if LEFT:
-        begin = first_n + tl.maximum(tl.minimum(start_m + left, last_n) - first_n, 0) // BLOCK_N * BLOCK_N
-        seen = tl.maximum(tl.minimum(start_m + BLOCK_M - 1 + left, last_n), first_n)
+    if OPTIONS.RIGHT:
+        end = tl.maximum(tl.minimum(start_m + BLOCK_M + band.right, last_n), first_n)
+        full_end = tl.maximum(tl.minimum(start_m + 1 + band.right, last_n), first_n)
+    if OPTIONS.LEFT:
+        begin = first_n + tl.maximum(tl.minimum(start_m + band.left, last_n) - first_n, 0) // BLOCK_N * BLOCK_N
+        seen = tl.maximum(tl.minimum(start_m + BLOCK_M - 1 + band.left, last_n), first_n)
         full_begin = first_n + tl.cdiv(seen - first_n, BLOCK_N) * BLOCK_N
     full_end = tl.maximum(first_n + (full_end - first_n) // BLOCK_N * BLOCK_N, full_begin)
-    if TENSOR:
+    if OPTIONS.HAS_MASK or OPTIONS.HAS_BIAS:
         full_begin, full_end = end, end
     return begin, full_begin, full_end, end
 
 
 @triton.jit
-def query_range(
-    start_n, M, left, right,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, TENSOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
+def query_range(start_n, M, band, OPTIONS: tl.constexpr):
     """key_range seen from the keys: the query tiles that a block of BLOCK_N keys visits."""
+    BLOCK_M: tl.constexpr = OPTIONS.BLOCK_M
+    BLOCK_N: tl.constexpr = OPTIONS.BLOCK_N
     begin, full_begin, full_end, end = 0, 0, M, M
-    if RIGHT:
-        begin = tl.maximum(tl.minimum(start_n - right, M), 0) // BLOCK_M * BLOCK_M
-        full_begin = tl.cdiv(tl.maximum(tl.minimum(start_n + BLOCK_N - 1 - right, M), 0), BLOCK_M) * BLOCK_M
-    if LEFT:
-        end = tl.maximum(tl.minimum(start_n + BLOCK_N - left, M), 0)
-        full_end = tl.maximum(tl.minimum(start_n + 1 - left, M), 0)
+    if OPTIONS.RIGHT:
+        begin = tl.maximum(tl.minimum(start_n - band.right, M), 0) // BLOCK_M * BLOCK_M
+        full_begin = tl.cdiv(tl.maximum(tl.minimum(start_n + BLOCK_N - 1 - band.right, M), 0), BLOCK_M) * BLOCK_M
+    if OPTIONS.LEFT:
+        end = tl.maximum(tl.minimum(start_n + BLOCK_N - band.left, M), 0)
+        full_end = tl.maximum(tl.minimum(start_n + 1 - band.left, M), 0)
     full_end = tl.maximum(full_end // BLOCK_M * BLOCK_M, full_begin)
-    if TENSOR:
+    if OPTIONS.HAS_MASK or OPTIONS.HAS_BIAS:
         full_begin, full_end = end, end
     return begin, full_begin, full_end, end
 
@@ -80,34 +111,31 @@ def hyperbolic_tangent(x):
 
 
 @triton.jit
-def logits(
-    qk, m, n, M, N, left, right, mask_ptr, mask_strides, scale,
-    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-):
+def logits(qk, m, n, band, scale, MASKED: tl.constexpr, OPTIONS: tl.constexpr):
     """(x, raw): the logits x of a tile of Q K^T, -inf where m may not see n; without the scale if not SCALED. raw is
     what was multiplied last: by the softcap, tanh of the scaled product; else by the scale, the product.
 
     m and n index the tile and broadcast against it, either way round.
     """
     x, raw = qk, qk
-    if SOFTCAP > 0.0:
-        raw = hyperbolic_tangent(qk * scale * (1.0 / SOFTCAP))
-        x = raw * SOFTCAP
-    elif SCALED:
+    if OPTIONS.SOFTCAP > 0.0:
+        raw = hyperbolic_tangent(qk * scale * (1.0 / OPTIONS.SOFTCAP))
+        x = raw * OPTIONS.SOFTCAP
+    elif OPTIONS.SCALED:
         x = qk * scale
     if MASKED:
-        keep = (n < N) & (m >= 0)
-        if RIGHT:
-            keep = keep & (n <= m + right)
-        if LEFT:
-            keep = keep & (n >= m + left)
-        offsets = m.to(tl.int64) * mask_strides[0] + n.to(tl.int64) * mask_strides[1]
-        if HAS_MASK:
-            allowed = tl.load(mask_ptr + offsets, mask=keep & (m < M), other=False)
+        mask_ptr, strides, shape = band.mask
+        keep = (n < shape[1]) & (m >= 0)
+        if OPTIONS.RIGHT:
+            keep = keep & (n <= m + band.right)
+        if OPTIONS.LEFT:
+            keep = keep & (n >= m + band.left)
+        offsets = m.to(tl.int64) * strides[0] + n.to(tl.int64) * strides[1]
+        if OPTIONS.HAS_MASK:
+            allowed = tl.load(mask_ptr + offsets, mask=keep & (m < shape[0]), other=False)
             keep = keep & allowed.to(tl.int1)  # for Inductor a bool tensor is one of bytes
-        if HAS_BIAS:
-            bias = tl.load(mask_ptr + offsets, mask=keep & (m < M), other=float("-inf")).to(qk.dtype)
+        if OPTIONS.HAS_BIAS:
+            bias = tl.load(mask_ptr + offsets, mask=keep & (m < shape[0]), other=float("-inf")).to(qk.dtype)
             keep = keep & (bias != float("-inf"))
             x = x + bias
         x = tl.where(keep, x, float("-inf"))
@@ -115,22 +143,19 @@ def logits(
 
 
 @triton.jit
-def exponential(
-    x, raw, top, scale,
-    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-):
+def exponential(x, raw, top, scale, MASKED: tl.constexpr, OPTIONS: tl.constexpr):
     """e^(logit - top) of what logits() returned.
 
     SCALED, the difference is rounded once, and the same way in every kernel and every tile: a compiler that fuses a
     product and a subtraction here and not there would give P of the backward pass other sums than 1. Else the scale,
     log2(e) and the subtraction are one multiply-add: enough for what 16 bits will hold.
     """
-    if not SCALED:
+    if not OPTIONS.SCALED:
         return tl.exp2(x * (scale * LOG2E) - top * LOG2E)
-    elif HAS_BIAS:
+    elif OPTIONS.HAS_BIAS:
         return tl.exp(x - top)
     else:
-        factor = tl.full(raw.shape, SOFTCAP, raw.dtype) if SOFTCAP > 0.0 else scale
+        factor = tl.full(raw.shape, OPTIONS.SOFTCAP, raw.dtype) if OPTIONS.SOFTCAP > 0.0 else scale
         p = tl.exp(tl.fma(raw, factor, -top))
         return tl.where(x == float("-inf"), 0.0, p) if MASKED else p
 

@@ -6,6 +6,8 @@
          M  +----+----+--+       written
 """
 
+from typing import NamedTuple
+
 import torch
 
 import triton
@@ -13,6 +15,14 @@ import triton.language as tl
 
 # whether a product is one of NVIDIA's; Inductor compiles where no driver can be asked
 NVIDIA = tl.constexpr(torch.version.cuda is not None and not triton.knobs.runtime.interpret)
+
+
+class Matrix(NamedTuple):
+    """A matrix in memory: load_tile(*matrix, rows, cols) and store_tile(*matrix, rows, cols, tile)."""
+
+    ptr: tl.tensor
+    strides: tuple
+    shape: tuple
 
 
 @triton.jit
@@ -55,7 +65,7 @@ def _bits_as_float(x, _semantic=None):
 
 
 @triton.jit
-def hide_loads(x, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr):
+def hide_loads(x, OPTIONS: tl.constexpr):
     """x, a float32 or float64 tile computed beside a mask or random bits, as an operand of a product.
 
     For mma.sync, Triton lays an operand out for the narrowest load among its elementwise ancestors, 8 bits of a bool
@@ -63,7 +73,7 @@ def hide_loads(x, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.co
     the layout has is wrong (Triton 3.6 to 3.9). A function with side effects, here one that does nothing, ends the
     search. (Inline assembly with side effects would too; for Inductor that is a kernel which writes all its inputs.)
     """
-    if HAS_MASK or DROPOUT or (HAS_BIAS and x.dtype == tl.float64):
+    if OPTIONS.HAS_MASK or OPTIONS.DROPOUT or (OPTIONS.HAS_BIAS and x.dtype == tl.float64):
         if NVIDIA:
             x = _bits_as_float(x.to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True))
     return x
@@ -89,6 +99,12 @@ def finite(m):
 def head_ptr(ptr, stride_b, stride_h, off_b, off_h):
     """First element of one head of a [B, H, rows, cols] tensor."""
     return ptr + off_b.to(tl.int64) * stride_b + off_h.to(tl.int64) * stride_h
+
+
+@triton.jit
+def head(ptr, strides, shape, off_b, off_h):
+    """The Matrix of one head of a [B, H, rows, cols] tensor with four strides."""
+    return Matrix(head_ptr(ptr, strides[0], strides[1], off_b, off_h), (strides[2], strides[3]), shape)
 
 
 @triton.jit
@@ -118,19 +134,29 @@ def load_visible(ptr, strides, shape, rows, cols, diagonal, other=0.0):
     return tl.load(ptrs, mask=inside & visible(rows, cols // 16 * 16, diagonal), other=other)
 
 
+class DropoutMask(NamedTuple):
+    """Of one head: a weight is dropped with probability p, else multiplied by `factor`."""
+
+    p: tl.tensor
+    factor: tl.tensor
+    seed: tl.tensor
+    off_b: tl.tensor
+    off_h: tl.tensor
+
+
 @triton.jit
-def keep_mask(seed, off_b, off_h, rows, start_n, dropout_p, BLOCK_N: tl.constexpr):
-    """Dropout: which elements of the tile [rows, start_n : start_n + BLOCK_N] stay, each with 1 - dropout_p.
+def keep_mask(dropout, rows, start_n, BLOCK_N: tl.constexpr):
+    """Which elements of the tile [rows, start_n : start_n + BLOCK_N] are not dropped.
 
     Philox (Salmon et al., SC 2011) with seven rounds, keyed by the seed and counted by (n // 4, m, h, b): its four
     words are the four columns of a group, so an element's fate depends on (seed, b, h, m, n) and on nothing else.
     """
     groups = (start_n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)[None, :]
     zero = (rows * 0).to(tl.uint32)[:, None] + groups * 0
-    c1, c2, c3 = zero + rows.to(tl.uint32)[:, None], zero + off_h.to(tl.uint32), zero + off_b.to(tl.uint32)
-    r0, r1, r2, r3 = tl.philox(seed, zero + groups, c1, c2, c3, n_rounds=7)
+    c1, c2, c3 = zero + rows.to(tl.uint32)[:, None], zero + dropout.off_h.to(tl.uint32), zero + dropout.off_b.to(tl.uint32)
+    r0, r1, r2, r3 = tl.philox(dropout.seed, zero + groups, c1, c2, c3, n_rounds=7)
     bits = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(rows.shape[0], BLOCK_N)
-    return tl.uint_to_uniform_float(bits) >= dropout_p
+    return tl.uint_to_uniform_float(bits) >= dropout.p
 
 
 @triton.jit
