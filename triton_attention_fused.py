@@ -33,7 +33,7 @@ from triton_attention.float32 import in_parts, load_rows, product, rows_dot, sig
 from triton_attention.fused_backward import fused_backward_op
 from triton_attention.fused_bias import fused_bias_gradient_op
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments, paired
-from triton_attention.launch import empty_heads, launch
+from triton_attention.launch import empty_heads, launch, strided
 from triton_attention.logits import Band, Options, exponential, key_range, logits, lowest, steps, store_pair
 from triton_attention.merge import count_splits, merge_attention, merge_splits  # noqa: F401  public here
 from triton_attention.operators import Function, define_op, differentiate, fold, replayable, unfold
@@ -224,7 +224,7 @@ def fused_op(
             stats.copy_(torch.stack([outputs[1], (outputs[1] != -math.inf).to(stats.dtype)], -1))
         return outputs
     sinks_strides = (0, 0) if sinks is None else (sinks.stride(0), sinks.stride(1) if sinks.dim() == 2 else 0)
-    q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
+    q, v, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     width = max(constants["D"], constants["DV"])
     op = ("fused few" if M <= FEW_QUERIES else "fused") + ("" if mask is None else ", masked")
     tile = tile_for(op, q.dtype, width, right is not None, q.device, block_m, block_n)
@@ -238,13 +238,14 @@ def fused_op(
         part, part_stats = lse.new_empty(splits, *o.shape), lse.new_empty(splits, *lse.shape, 2)
     launch(
         _fwd_kernel, splits * programs,
-        q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, *mask_strides, sinks, *sinks_strides,
+        *strided(q, k, v, mask), sinks, *sinks_strides,
         part, *part.stride(), lse, part_stats, seed, *scalars, H, H // Hk, M, N, left or 0, right or 0, chunk,
         **constants, HAS_SINKS=sinks is not None, SPLIT=splits > 1, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         FEW=tile.BLOCK_M if INTERPRETED else 16, **compile_options(tile, q.device),
     )
     if splits > 1:
-        merge_splits(part, part_stats, o, lse, stats, *(constants[name] for name in ("PAIRED", "DV", "BLOCK_DV")))
+        sizes = {name: constants[name] for name in ("PAIRED", "DV", "BLOCK_DV")}
+        merge_splits(part, part_stats, o, lse, stats, **sizes)
     return outputs
 
 

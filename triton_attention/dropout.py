@@ -15,7 +15,7 @@ import triton.language as tl
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
-from triton_attention.launch import launch
+from triton_attention.launch import launch, strided
 from triton_attention.operators import Function, define_op, differentiate
 from triton_attention.tiles import DropoutMask, head, keep_mask, load_tile, split_program, store_tile
 
@@ -50,8 +50,7 @@ def dropout_op(probs: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> tor
     block_m, block_n = (128, 128) if INTERPRETED else (16, 128)
     launch(
         _dropout_kernel, B * H * triton.cdiv(M, block_m) * triton.cdiv(N, block_n),
-        probs, *probs.stride(), out, *out.stride(),
-        seed, dropout_p, factor, H, M, N, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+        *strided(probs, out), seed, dropout_p, factor, H, M, N, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
     )
     return out
 

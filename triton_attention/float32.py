@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_attention.launch import launch
+from triton_attention.launch import launch, strided
 from triton_attention.tiles import Matrix, dot, head, load_tile, split_program, store_tile
 
 
@@ -172,6 +172,6 @@ def split(x):
     BLOCK_M = max(1, 4096 // W)
     launch(
         _split_kernel, B * H * triton.cdiv(M, BLOCK_M),
-        x, *x.stride(), parts, H, M, D=int(D), BLOCK_M=BLOCK_M, BLOCK_D=W, num_warps=4,
+        *strided(x), parts, H, M, D=int(D), BLOCK_M=BLOCK_M, BLOCK_D=W, num_warps=4,
     )
     return parts

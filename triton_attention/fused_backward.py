@@ -24,14 +24,14 @@ import triton.language as tl
 
 from triton_attention.float32 import in_parts, load_rows, map_finite, product, rows_dot, signed, whole
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments
-from triton_attention.launch import launch
+from triton_attention.launch import launch, strided
 from triton_attention.logits import (
     Band, Options, exponential, key_range, load_pair, logits, query_range, steps, store_pair,
 )
 from triton_attention.operators import define_op
 from triton_attention.tile_choice import compile_options, tile_for
 from triton_attention.tiles import (
-    DropoutMask, Matrix, dot, head, hide_loads, inverse_sum, keep_mask, load_tile, split_program, store_tile,
+    DropoutMask, Heads, Matrix, dot, head, hide_loads, inverse_sum, keep_mask, load_tile, split_program, store_tile,
 )
 
 
@@ -224,11 +224,11 @@ def _dq_kernel(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, k, v, q_heads, do_heads, record_ptr, band, dropout, scale, off_b, first_h, H, start_n, bounds,
-    GROUP: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr,
+    dk, dv, k, v, q_heads, do_heads, record_ptr, band, dropout, scale, start_n, bounds,
+    off_b, first_h, H, GROUP: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):
-    """(dk + dS^T Q, dv + P^T dO) over the queries that see every key of the block, or if MASKED over the others. What
-    differs from head to head (q, do, the band's mask) is given as `head` takes it.
+    """(dk + dS^T Q, dv + P^T dO) over the queries that see every key of the block, or if MASKED over the others; the
+    mask of the band is one of all heads.
 
     One loop over all heads of the group: a loop around it would keep the addresses of both in registers.
     """
@@ -236,7 +236,7 @@ def _walk_queries(
     BLOCK_M: tl.constexpr = OPTIONS.BLOCK_M
     BLOCK_N: tl.constexpr = OPTIONS.BLOCK_N
     offs_d, offs_e = tl.arange(0, OPTIONS.BLOCK_D), tl.arange(0, OPTIONS.BLOCK_DV)
-    M = q_heads[2][0]
+    M = q_heads.shape[0]
     first, last, gap = steps(bounds, MASKED)
     tiles = tl.cdiv(last - first, BLOCK_M)
     for step in range(0, GROUP * tiles):
@@ -250,16 +250,16 @@ def _walk_queries(
         do_head = head(*do_heads, off_b, off_h)
         do = load_rows(do_head, offs_m, offs_e, PRECISION, MASKED, OPTIONS.DV != OPTIONS.BLOCK_DV)
         record = load_record(record_ptr, (off_b.to(tl.int64) * H + off_h) * M, offs_m, M)
-        seen, dropped = band, dropout
+        band_of_head = band
         if OPTIONS.HAS_MASK or OPTIONS.HAS_BIAS:
-            seen = Band(band.left, band.right, head(*band.mask, off_b, off_h))
+            band_of_head = Band(band.left, band.right, head(*band.mask, off_b, off_h))
         zeros = tl.zeros([BLOCK_N, BLOCK_M], dk.dtype)
         qk_t = rows_dot(k, q, zeros, PRECISION)
-        p_t, tanh = probs(qk_t, record, offs_m, k.offs, seen, scale, 1, MASKED, OPTIONS)
+        p_t, tanh = probs(qk_t, record, offs_m, k.offs, band_of_head, scale, 1, MASKED, OPTIONS)
         kept = p_t
         if OPTIONS.DROPOUT:
-            dropped = DropoutMask(dropout.p, dropout.factor, dropout.seed, off_b, off_h)
-            keep = tl.trans(keep_mask(dropped, offs_m, start_n, BLOCK_N).to(tl.int32)) > 0
+            dropout_of_head = DropoutMask(dropout.p, dropout.factor, dropout.seed, off_b, off_h)
+            keep = tl.trans(keep_mask(dropout_of_head, offs_m, start_n, BLOCK_N).to(tl.int32)) > 0
             kept = tl.where(keep, p_t * dropout.factor, 0.0)
         kept = hide_loads(kept, OPTIONS)
         dv = product(kept, do, dv, PRECISION)  # before dP: frees the registers that hold P as an operand
@@ -298,9 +298,9 @@ def _dkdv_kernel(
     v_head = head(v_ptr, (stride_vb, stride_vh, stride_vn, stride_vd), (N, DV), off_b, off_hk)
     dk_head = head(dk_ptr, (stride_rb, stride_rh, stride_rn, stride_rd), (N, D), off_b, off_hk)
     dv_head = head(dv_ptr, (stride_wb, stride_wh, stride_wn, stride_wd), (N, DV), off_b, off_hk)
-    q_heads = (q_ptr, (stride_qb, stride_qh, stride_qm, stride_qd), (M, D))
-    do_heads = (do_ptr, (stride_gb, stride_gh, stride_gm, stride_gd), (M, DV))
-    mask_heads = (mask_ptr, (stride_ab, stride_ah, stride_am, stride_an), (M, N))
+    q_heads = Heads(q_ptr, (stride_qb, stride_qh, stride_qm, stride_qd), (M, D))
+    do_heads = Heads(do_ptr, (stride_gb, stride_gh, stride_gm, stride_gd), (M, DV))
+    mask_heads = Heads(mask_ptr, (stride_ab, stride_ah, stride_am, stride_an), (M, N))
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
@@ -320,8 +320,8 @@ def _dkdv_kernel(
     bounds = query_range(start_n, M, band, OPTIONS)
     for masked in tl.static_range(1 if HAS_MASK or HAS_BIAS else 0, 2):
         dk, dv = _walk_queries(
-            dk, dv, k, v, q_heads, do_heads, record_ptr, band, dropout, scale, off_b, off_hk * GROUP, H, start_n, bounds,
-            GROUP, masked == 1, OPTIONS,
+            dk, dv, k, v, q_heads, do_heads, record_ptr, band, dropout, scale, start_n, bounds,
+            off_b, off_hk * GROUP, H, GROUP, masked == 1, OPTIONS,
         )
     store_tile(*dk_head, offs_n, offs_d, dk * (scale * SIGN))
     store_tile(*dv_head, offs_n, offs_e, dv)
@@ -348,7 +348,7 @@ def fused_backward_op(
         return outputs
     lse, stats = lse.contiguous(), stats.contiguous()  # which vmap may have expanded
     dlse = None if dlse is None else dlse.contiguous()
-    q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
+    q, v, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     width, variant = max(constants["D"], constants["DV"]), "" if mask is None else ", masked"
     variant = ", few" if M <= FEW_QUERIES else variant
     dtype = q.dtype
@@ -356,9 +356,8 @@ def fused_backward_op(
     tile = tile_for(f"fused dq{variant}", dtype, width, right is not None, q.device)
     launch(
         _dq_kernel, B * H * triton.cdiv(M, tile.BLOCK_M),
-        do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), o, *o.stride(), mask, *mask_strides,
-        sinks, 0 if sinks is None else sinks.stride(0),
-        lse, stats, dlse, record, dq, *dq.stride(),
+        *strided(do, q, k, v, o, mask), sinks, 0 if sinks is None else sinks.stride(0),
+        lse, stats, dlse, record, *strided(dq),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
         **constants, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         **compile_options(tile, q.device),
@@ -366,8 +365,7 @@ def fused_backward_op(
     tile = tile_for(f"fused dkdv{variant}", dtype, width, right is not None, q.device)
     launch(
         _dkdv_kernel, B * Hk * triton.cdiv(N, tile.BLOCK_N),
-        do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, *mask_strides,
-        record, dk, *dk.stride(), dv, *dv.stride(),
+        *strided(do, q, k, v, mask), record, *strided(dk, dv),
         seed, *scalars, H, M, N, left or 0, right or 0,
         GROUP=H // Hk, **constants, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         **compile_options(tile, q.device),

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton_attention.float32 import in_parts, load_rows, rows_dot, signed
 from triton_attention.fused_backward import dscores, load_record, probs
 from triton_attention.fused_common import fused_arguments
-from triton_attention.launch import launch
+from triton_attention.launch import launch, strided
 from triton_attention.logits import Band, Options
 from triton_attention.operators import define_op
 from triton_attention.tile_choice import compile_options, tile_for
@@ -105,15 +105,14 @@ def fused_bias_gradient_op(
     if dbias.numel() == 0 or B * H * M * N == 0:
         return dbias.zero_()
     record = record.contiguous()  # which vmap may have expanded
-    q, v, mask, mask_strides, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
+    q, v, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     dtype = q.dtype
     do, q, k, v = in_parts(constants["PRECISION"], do, q, k, v)
     tile = tile_for("fused dbias", dtype, max(constants["D"], constants["DV"]), False, q.device)
     sums = [size == 1 for size in shape]
     launch(
         _dbias_kernel, shape[0] * shape[1] * triton.cdiv(shape[2], tile.BLOCK_M) * triton.cdiv(shape[3], tile.BLOCK_N),
-        do, *do.stride(), q, *q.stride(), k, *k.stride(), v, *v.stride(), mask, *mask_strides,
-        record, dbias, *dbias.stride(),
+        *strided(do, q, k, v, mask), record, *strided(dbias),
         seed, *scalars, B, H, H // Hk, M, N, left or 0, right or 0, *shape[1:],
         **constants, SUM_B=sums[0], SUM_H=sums[1], SUM_M=sums[2], SUM_N=sums[3],
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile, q.device),

@@ -32,7 +32,7 @@ def misplaced(v):
 
 
 def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
-    """What the launchers share: (q, v, mask, strides of the mask, scalars, constants).
+    """What the launchers share: (q, v, scalars, constants).
 
     float32 is multiplied in parts that are written out before, where many programs read them, and fit the registers.
     float64 is special: a kernel's scalar arguments are float32, so its scale goes into q and its dropout factor into v.
@@ -41,7 +41,6 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
     if q.dtype == torch.float64:
         q, scale = q * scale, 1.0
         v, keep_factor = v * keep_factor, 1.0
-    strides = (0, 0, 0, 0) if mask is None else mask.stride()
     has_mask = mask is not None and mask.dtype == torch.bool
     has_bias = mask is not None and not has_mask
     scaled = exact(q.dtype) or has_bias or softcap > 0.0
@@ -59,4 +58,4 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
     }
     if constants["PRECISION"] == "bf16x6" and max(D, DV) <= 128 and q.shape[2] > FEW_QUERIES:
         constants["PRECISION"] = "parts"
-    return q, v, mask, strides, scalars, constants
+    return q, v, scalars, constants

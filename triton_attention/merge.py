@@ -15,7 +15,7 @@ from triton_attention.device import processors
 import triton
 import triton.language as tl
 
-from triton_attention.launch import launch
+from triton_attention.launch import launch, strided
 from triton_attention.logits import load_pair, store_pair
 from triton_attention.tiles import inverse_sum, load_tile
 
@@ -58,7 +58,7 @@ def merge_splits(part, part_stats, o, lse, stats, PAIRED, DV, BLOCK_DV):
     (B, H, M), splits = o.shape[:3], part.shape[0]
     launch(
         _merge_kernel, B * H * M,
-        part, part_stats, o, *o.stride(), lse, stats, H, M, splits, B * H * M,
+        part, part_stats, *strided(o), lse, stats, H, M, splits, B * H * M,
         PAIRED=PAIRED, DV=DV, BLOCK_DV=BLOCK_DV, MOST=MOST_SPLITS, num_warps=4,
     )
 

@@ -101,9 +101,17 @@ def head_ptr(ptr, stride_b, stride_h, off_b, off_h):
     return ptr + off_b.to(tl.int64) * stride_b + off_h.to(tl.int64) * stride_h
 
 
+class Heads(NamedTuple):
+    """A tensor [B, H, rows, cols] in memory, of whose matrices head(*heads, off_b, off_h) is one."""
+
+    ptr: tl.tensor
+    strides: tuple
+    shape: tuple  # of a matrix
+
+
 @triton.jit
 def head(ptr, strides, shape, off_b, off_h):
-    """The Matrix of one head of a [B, H, rows, cols] tensor with four strides."""
+    """The Matrix of one head, given the four strides of the tensor."""
     return Matrix(head_ptr(ptr, strides[0], strides[1], off_b, off_h), (strides[2], strides[3]), shape)
 
 
@@ -151,12 +159,13 @@ def keep_mask(dropout, rows, start_n, BLOCK_N: tl.constexpr):
     Philox (Salmon et al., SC 2011) with seven rounds, keyed by the seed and counted by (n // 4, m, h, b): its four
     words are the four columns of a group, so an element's fate depends on (seed, b, h, m, n) and on nothing else.
     """
+    p, _, seed, off_b, off_h = dropout
     groups = (start_n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)[None, :]
     zero = (rows * 0).to(tl.uint32)[:, None] + groups * 0
-    c1, c2, c3 = zero + rows.to(tl.uint32)[:, None], zero + dropout.off_h.to(tl.uint32), zero + dropout.off_b.to(tl.uint32)
-    r0, r1, r2, r3 = tl.philox(dropout.seed, zero + groups, c1, c2, c3, n_rounds=7)
+    c1, c2, c3 = zero + rows.to(tl.uint32)[:, None], zero + off_h.to(tl.uint32), zero + off_b.to(tl.uint32)
+    r0, r1, r2, r3 = tl.philox(seed, zero + groups, c1, c2, c3, n_rounds=7)
     bits = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(rows.shape[0], BLOCK_N)
-    return tl.uint_to_uniform_float(bits) >= dropout.p
+    return tl.uint_to_uniform_float(bits) >= p
 
 
 @triton.jit
