@@ -403,6 +403,13 @@ def test_hopper_protocol_bugs_are_noticed(bug):
     assert emulate_hopper.notices(bug)
 
 
+def test_hopper_marks():
+    """The lines that the kernels mark are those in which bugs are planted."""
+    for path, back in ((emulate_hopper.FORWARD, False), (emulate_hopper.BACKWARD, True)):
+        planted = {mark for mark, _, case in emulate_hopper.BUGS.values() if case.get("back", False) == back}
+        assert sorted(re.findall(r"# mutate: (\S+)$", path.read_text(), re.MULTILINE)) == sorted(planted)
+
+
 def test_hopper_edges():
     """No mask and half a first tile only where 64 queries, counted one by one, need no more."""
     kernels, seen = forward, set()
