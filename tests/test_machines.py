@@ -142,7 +142,8 @@ torch.cuda.current_device = touched
 torch.empty = lambda *args, device=None, **kwargs: empty(*args, **kwargs)
 torch.cuda.get_device_capability = lambda number: gpus[number]
 torch.cuda.get_device_properties = lambda number: types.SimpleNamespace(multi_processor_count=10 * gpus[number][0])
-names = ("_scores", "_values", "_backward", "_fused", ".fused_backward", ".fused_bias", ".merge", ".float32")
+names = ("_scores", "_values", "_backward", "_fused", ".fused_backward", ".fused_bias", ".merge", ".float32",
+         ".nan_repair")
 modules = [importlib.import_module(f"triton_attention{name}") for name in names]
 for module in modules:
     module.launch = lambda kernel, programs, *args, device=None, **constants: launched.append(
