@@ -80,16 +80,20 @@ def _checked(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa):
 
 def _attend_and_average(q, k, v, mask, dropout_p):
     """attention_staged with the mean of the weights over the heads, [B, M, N]."""
-    inference = not torch.is_grad_enabled() and dropout_p == 0.0 and k.shape[2] <= ONE_PASS // 2
-    if inference and not must_dispatch((q, k, v)):  # softmax_mean_op has no derivative and no rule for vmap
+    if not torch.is_grad_enabled() and dropout_p == 0.0 and k.shape[2] <= ONE_PASS // 2:
         return _infer_with_mean(q, k, v, mask)
-    out, probs = attention_staged(q, k, v, mask, dropout_p, enable_gqa=True)
+    return _average(*attention_staged(q, k, v, mask, dropout_p, enable_gqa=True))
+
+
+def _average(out, probs):  # one line, as jit.trace compares the lines of two recordings
     return out, probs.mean(dim=1)
 
 
 @replayable
 def _infer_with_mean(q, k, v, attn_mask):
     """_attend_and_average without a gradient: the mean from the registers that hold the rows of P."""
+    if must_dispatch((q, k, v)):  # softmax_mean_op has no derivative and no rule for vmap
+        return _average(*attention_staged(q, k, v, attn_mask, enable_gqa=True))
     q, k, v, mask, diagonal, scale, _ = _checked(q, k, v, attn_mask, 0.0, False, None, True)
     fill, heads, transposed, factor = None, q.shape[1], False, 1.0
     probs, mean = softmax_mean_op(scores_op(q, k, scale, diagonal, fill, *TUNED), mask, diagonal)
