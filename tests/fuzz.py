@@ -198,8 +198,11 @@ def check(c):
         tables += [measure(c, c.seed + i * 1_000_003) for i in range(1, DRAWS)]
         tables = [table for table in tables if table != OUT_OF_RANGE]
     for name in doubtful:
-        error, torchs, step = (max(table[name][i] for table in tables if name in table) for i in range(3))
-        assert error <= 2 * torchs + step, f"{name}: error {error:.2e}, allowed {2 * torchs + step:.2e}"
+        rows = [table[name] for table in tables if name in table]
+        error, torchs, step = map(max, zip(*rows, strict=True))
+        if error > 2 * torchs + step:  # one draw may be larger than the others by far: each in its own rounding steps
+            steps, torchs_steps = (max(row[i] / max(row[2], 1e-300) for row in rows) for i in (0, 1))
+            assert steps <= 2 * torchs_steps + 1, f"{name}: error {error:.2e}, allowed {2 * torchs + step:.2e}"
 
 
 def main(argv=None):

@@ -129,13 +129,17 @@ def possible(c):
         c.softcap = 30.0 if c.softcap == 1e300 else c.softcap  # -1e300 is -inf in float32
         if c.kind in ("fused", "merge"):  # a whole tile of them
             c.block, c.M = c.block or 16, min(c.M, 16) if INTERPRETED else c.M
-    if c.scale == 30.0 and c.kind in ("fused", "staged") and vars(c).get("autocast", c.dtype) in (F16, BF16):
+    sharp = c.scale == 30.0 and c.kind in ("fused", "staged") or c.values == "large" and c.kind == "fused"
+    if sharp and vars(c).get("autocast", c.dtype) in (F16, BF16):
         # one key has almost all of the weight: what is left of dS is the rounding of O, in every fused backward pass;
         # in the stages S itself is rounded, by as much as moves the weight to another key
-        c.wants = [name for name in c.wants if name not in ("q", "k")]
+        c.wants = [name for name in c.wants if name not in ("q", "k", "mask")]
     if c.cotangents[0] == "one number" and c.dtype == F32 and not INTERPRETED:
         # tensor cores round towards zero, which adds up over all of O, in one direction
         c.wants = [name for name in c.wants if name != "sinks"]
+    if c.cotangents[0] == "one number" and c.N == 1:
+        # every weight is 1: dV adds up one number, which rounds in one direction as often as it is added
+        c.cotangents = ("plain", None)
     if c.softcap == 1e-3:  # the gradient hangs on the few scores near 0, whose rounding counts a thousandfold
         c.wants = [name for name in c.wants if name not in ("q", "k")]
     if c.kind == "merge":  # its weights are as exact as lse, whose rounding grows with the scores
