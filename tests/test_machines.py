@@ -483,7 +483,8 @@ def test_gpu_fused_hopper(D, Dv, long, monkeypatch):
             used.clear()
             options = {"window_size": window, "is_causal": is_causal, "scale": (None, -0.2)[i // 2 % 2]}
             compare(lambda *a, o=options: fused(*a, **o), lambda *a, o=options: torch_fused(*a, **o), q, k, v)
-            assert used == ["forward", "backward"][: 2 if D <= 128 else 1]
+            widest = {"forward": hopper_kernels("forward", DEVICE).MAX_HEAD_DIM, "backward": 128}  # as Triton allows
+            assert used == [name for name in widest if max(D, Dv) <= widest[name]]
     q, k, v = (torch.randn(1, 2, 700, D, device=DEVICE, dtype=BF16) for D in (D, D, Dv))
     expected = attention_fused(q, k, v, is_causal=True)
     lower = torch_fused(q, k, v, is_causal=True)[0][:, :, :300]
