@@ -327,6 +327,31 @@ def test_the_future_does_not_leak(ours):
         assert all((a - b)[:, :, :20].abs().max() < 1e-6 for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("dropout_p", (0.0, 0.5))
+@pytest.mark.parametrize("dtype", (F16, F32), ids=str)
+@pytest.mark.parametrize("M,N", [(21, 21), (21, 150), (150, 21)])
+def test_staged_attention_without_weights(M, N, dtype, dropout_p):
+    """The zeros above the diagonal are not written (memory holds NaN here): results and gradients are the same bits."""
+    inputs = [randn(2, h, n, d, dtype=dtype) for h, n, d in ((2, M, 16), (1, N, 16), (1, N, 24))]
+    padding = torch.arange(N, device=DEVICE) < torch.tensor([[[[N - 5]]], [[[N // 2]]]], device=DEVICE)
+    bias = randn(1, 2, M, N, dtype=dtype)
+    for mask, create_graph in ((None, False), (padding, False), (bias, False), (bias, True)):
+        results = []
+        for need_weights in (True, False):
+            torch.manual_seed(0)
+            out, weights = attention_staged(
+                *inputs, mask, dropout_p, is_causal=True, enable_gqa=True, need_weights=need_weights
+            )
+            assert (weights is not None) == need_weights
+            wanted = [*inputs, bias] if mask is bias else inputs
+            grads = torch.autograd.grad(out.float().square().sum(), wanted, create_graph=create_graph)
+            results.append([out, *grads])
+            if create_graph:
+                results[-1] += torch.autograd.grad(sum(g.float().square().sum() for g in grads), wanted)
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert all(t.isfinite().all() for t in results[1])
+
+
 def test_an_unmasked_inf_in_the_values_counts():
     p, v = randn(1, 1, 20, 30, grad=False).softmax(-1), randn(1, 1, 30, 8, grad=False)
     v[0, 0, 3, 2], v[0, 0, 4, 5] = INF, NAN
@@ -471,6 +496,7 @@ REFUSED = [
     refused(TypeError, "dense strided", attention_scores, X.to_sparse(), X),
     refused(TypeError, "attn_mask must be a dense strided", attention_softmax, X, T(5, 8).to_sparse()),
     refused(ValueError, "scale must be a number that float can hold", attention_scores, X, X, scale=10**400),
+    refused(TypeError, "need_weights must be True or False", attention_staged, X, X, X, need_weights=0),
     refused(TypeError, "return_lse must be True or False", attention_fused, X, X, X, return_lse=1),
     refused(ValueError, "head dim of at most 256, got 300", attention_fused, *(T(1, 1, 2, 300),) * 3),
     refused(TypeError, r"window_size must be a pair \(left, right\)", attention_fused, X, X, X, window_size=4),

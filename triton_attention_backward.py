@@ -94,20 +94,23 @@ def dscores_op(
 class Staged(Function):
     """(O, P) of q, k, v and a 4-D mask or None; query m sees the keys n <= m + diagonal.
 
-    Scores above the diagonal stay unwritten (fill=None): the softmax does not read them. O comes in out_dtype: float32
-    for 16-bit inputs that will need a gradient, because dP - rowsum(dO * O) cancels and shows O's rounding.
+    Scores above the diagonal stay unwritten: the softmax does not read them. So do weights if not filled, and their
+    gradients where nobody else reads them: only a caller who asks for the weights needs the zeros.
+
+    O comes in out_dtype: float32 for 16-bit inputs that will need a gradient, because dP - rowsum(dO * O) cancels and
+    shows O's rounding.
     """
 
     @staticmethod
-    def forward(q, k, v, mask, diagonal, scale, out_dtype):
+    def forward(q, k, v, mask, diagonal, scale, out_dtype, filled):
         fill, heads, transposed, factor = None, q.shape[1], False, 1.0
         scores = scores_op(q, k, scale, diagonal, fill, *TUNED)
-        probs = softmax_op(scores, mask, diagonal, *TUNED)
+        probs = softmax_op(scores, mask, diagonal, *TUNED, filled)
         return values_op(probs, v, diagonal, heads, transposed, factor, out_dtype, *TUNED), probs
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, mask, ctx.diagonal, ctx.scale, _ = inputs
+        q, k, v, mask, ctx.diagonal, ctx.scale, _, ctx.filled = inputs
         ctx.mask_shape, ctx.mask_dtype = (None, None) if mask is None else (list(mask.shape), mask.dtype)
         ctx.save_for_backward(q, k, v, *output)
         ctx.set_materialize_grads(False)
@@ -117,6 +120,8 @@ class Staged(Function):
     @staticmethod
     def backward(ctx, do, dprobs):
         (q, k, v, out, probs), diagonal = ctx.saved_tensors, ctx.diagonal
+        if torch.is_grad_enabled() and diagonal is not None and not ctx.filled:
+            probs = probs.tril(diagonal)  # for operations of torch
         needs_q, needs_k, needs_v, needs_mask = ctx.needs_input_grad[:4]
         dq = dk = dv = dmask = None
         if do is not None:
@@ -124,17 +129,19 @@ class Staged(Function):
             if needs_v:
                 dv = transposed_product(probs, do, v.shape[1], diagonal=diagonal)
         if not (needs_q or needs_k or needs_mask) or (do is None and dprobs is None):
-            return None, None, dv, None, None, None, None
+            return None, None, dv, None, None, None, None, None
         if dprobs is None and not needs_mask and out.dtype != v.dtype and not torch.is_grad_enabled():
             ds = dscores_op(do, out, v, probs, diagonal)
         else:  # one stage after the other
-            dp = None if do is None else dot_products(do, v, scale=1.0, diagonal=diagonal, fill=0.0)
+            filled = dprobs is not None or needs_mask or torch.is_grad_enabled()
+            fill = 0.0 if filled else None
+            dp = None if do is None else dot_products(do, v, scale=1.0, diagonal=diagonal, fill=fill)
             dp = dprobs if dp is None else dp if dprobs is None else dp + dprobs
-            ds = differentiate(SoftmaxBackward, probs, dp, diagonal)
+            ds = differentiate(SoftmaxBackward, probs, dp, diagonal, filled)
         if needs_q:
             dq = product(ds, k, scale=ctx.scale, diagonal=diagonal)
         if needs_k:
             dk = transposed_product(ds, q, k.shape[1], scale=ctx.scale, diagonal=diagonal)
         if needs_mask:
             dmask = differentiate(MaskGradient, ds, ctx.mask_shape, ctx.mask_dtype)
-        return dq, dk, dv, dmask, None, None, None
+        return dq, dk, dv, dmask, None, None, None, None

@@ -34,8 +34,8 @@ KERNELS_RUN_ON = ("cpu", "cuda", "xpu", "meta") if INTERPRETED else ("cuda", "xp
 @replayable
 def attention_staged(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
-    scale: float | None = None, enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor]:
+    scale: float | None = None, enable_gqa: bool = False, *, need_weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Attention in three stages, with the weights: P = softmax(scale * Q K^T + mask), O = P V.
 
     Args:
@@ -46,23 +46,27 @@ def attention_staged(
         is_causal: query m sees the keys n <= m only; may be combined with attn_mask, then both hold.
         scale: factor on Q K^T, 1 / sqrt(D) if None.
         enable_gqa: allow Hk < H, a divisor of H; head h reads the keys and values of head h // (H / Hk).
+        need_weights: return P. Without it nobody reads P's zeros above a causal diagonal, and they are not written.
 
     Returns:
-        (O [B, H, M, Dv], P [B, H, M, N] after dropout), both in q's dtype (under autocast, its dtype) and both
+        (O [B, H, M, Dv], P [B, H, M, N] after dropout, or None), both in q's dtype (under autocast, its dtype) and both
         differentiable, also twice. A query that may attend to nothing gives zeros.
 
     Raises:
         TypeError: an argument of another type or dtype. ValueError: a shape, a value or a device.
     """
     q, k, v, mask, diagonal, scale, dropout_p = _checked(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    check_flag("need_weights", need_weights)
+    need_weights = bool(need_weights)
     if dropout_p > 0.0:
         scores = dot_products(q, k, scale=scale, diagonal=diagonal)
-        probs = softmax_dropout(scores, mask, diagonal, dropout_p)
-        return product(probs, v, diagonal=diagonal), probs
+        probs = softmax_dropout(scores, mask, diagonal, dropout_p, filled=need_weights)
+        return product(probs, v, diagonal=diagonal), probs if need_weights else None
     tensors = (q, k, v, mask)
     wide = q.dtype.itemsize == 2 and (asks_gradient(tensors) or torch.is_grad_enabled() and must_dispatch(tensors))
-    out, probs = differentiate(Staged, q, k, v, mask, diagonal, scale, torch.float32 if wide else q.dtype)
-    return out.to(q.dtype), probs
+    out_dtype, filled = torch.float32 if wide else q.dtype, need_weights
+    out, probs = differentiate(Staged, q, k, v, mask, diagonal, scale, out_dtype, filled)
+    return out.to(q.dtype), probs if need_weights else None
 
 
 def _checked(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa):
@@ -236,7 +240,7 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
         elif need_weights and average_attn_weights:
             out, weights = _attend_and_average(q, k, v, mask, dropout_p)
         elif need_weights or D > MAX_HEAD_DIM:
-            out, weights = attention_staged(q, k, v, mask, dropout_p, enable_gqa=True)
+            out, weights = attention_staged(q, k, v, mask, dropout_p, enable_gqa=True, need_weights=need_weights)
         else:
             out, weights = attention_fused(q, k, v, mask, dropout_p, enable_gqa=True), None
         out = out.transpose(1, 2).flatten(2)

@@ -19,10 +19,12 @@ import triton.language as tl
 from triton_attention.checks import check_blocks, check_dropout, check_mask, check_tensors
 from triton_attention.dropout import dropout
 from triton_attention.launch import launch, mask_arguments
-from triton_attention.operators import Function, define_op, differentiate, replayable
-from triton_attention.softmax_backward import MaskGradient, SoftmaxBackward, like_first
+from triton_attention.operators import Function, define_op, differentiate, like_first, replayable
+from triton_attention.softmax_backward import MaskGradient, SoftmaxBackward
 from triton_attention.tile_choice import ONE_PASS, row_tile  # noqa: F401  public here
-from triton_attention.tiles import finite, head_ptr, inverse_sum, load_logits, split_program, store_tile
+from triton_attention.tiles import (
+    finite, head_ptr, inverse_sum, load_logits, split_program, store_tile, visible_end,
+)
 
 
 @triton.jit
@@ -31,28 +33,28 @@ def _softmax_kernel(
     mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
     p_ptr, stride_pb, stride_ph, stride_pm, stride_pn,
     H, M, N, diagonal,
-    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE_ROW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, FILLED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    WHOLE_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     pid = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: the end of S is what L2 still holds
     tile, off_b, off_h = split_program(pid, tl.cdiv(M, BLOCK_M), H)
+    start_m, end_n = tile * BLOCK_M, N
+    if CAUSAL:  # what no query of the tile sees is not read, and zero, or not written
+        end_n = visible_end(start_m, N, diagonal, BLOCK_M)
+    last_n = N if FILLED else end_n
     S = (head_ptr(s_ptr, stride_sb, stride_sh, off_b, off_h), (stride_sm, stride_sn), (M, N))
-    P = (head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h), (stride_pm, stride_pn), (M, N))
+    P = (head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h), (stride_pm, stride_pn), (M, last_n))
     MASK = (mask_ptr, (stride_am, stride_an), (M, N))
     if HAS_MASK or HAS_BIAS:
         MASK = (head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h), (stride_am, stride_an), (M, N))
     ACC: tl.constexpr = tl.float64 if s_ptr.dtype.element_ty == tl.float64 else tl.float32
 
-    start_m = tile * BLOCK_M
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     if WHOLE_ROW:
         s = load_logits(S, MASK, offs_m, offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS)
         p = tl.exp(s - finite(tl.max(s, 1))[:, None])
         store_tile(*P, offs_m, offs_n, p * inverse_sum(tl.sum(p, 1))[:, None])
     else:
-        end_n = N
-        if CAUSAL:
-            end_n = tl.minimum(start_m + BLOCK_M + diagonal, N)
         m_i = tl.full([BLOCK_M], float("-inf"), ACC)
         l_i = tl.zeros([BLOCK_M], ACC)
         for start_n in range(0, end_n, BLOCK_N):
@@ -61,7 +63,7 @@ def _softmax_kernel(
             l_i = l_i * tl.exp(m_i - finite(m_new)) + tl.sum(tl.exp(s - finite(m_new)[:, None]), 1)
             m_i = m_new
         m_i, l_i = finite(m_i), inverse_sum(l_i)
-        for start_n in range(0, N, BLOCK_N):
+        for start_n in range(0, last_n, BLOCK_N):
             s = load_logits(S, MASK, offs_m, start_n + offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS)
             store_tile(*P, offs_m, start_n + offs_n, tl.exp(s - m_i[:, None]) * l_i[:, None])
 
@@ -69,8 +71,10 @@ def _softmax_kernel(
 @define_op("softmax", fake=like_first)
 def softmax_op(
     scores: torch.Tensor, mask: torch.Tensor | None, diagonal: int | None, block_m: int | None, block_n: int | None,
+    filled: bool = True,
 ) -> torch.Tensor:
-    """P like scores [B, H, M, N]; mask is bool (True: may attend) or floating (added), 4-D with sizes 1 or full."""
+    """P like scores [B, H, M, N]; mask is bool (True: may attend) or floating (added), 4-D with sizes 1 or full. The
+    future, keys n > m + diagonal, is 0, or unwritten if not filled."""
     (B, H, M, N), probs = scores.shape, scores.new_empty(scores.shape)
     if probs.numel() == 0:
         return probs
@@ -79,7 +83,7 @@ def softmax_op(
     launch(
         _softmax_kernel, B * H * triton.cdiv(M, tile["BLOCK_M"]),
         scores, *scores.stride(), mask, *mask_strides, probs, *probs.stride(),
-        H, M, N, diagonal or 0, CAUSAL=diagonal is not None, **constants, **tile,
+        H, M, N, diagonal or 0, CAUSAL=diagonal is not None, FILLED=filled or diagonal is None, **constants, **tile,
     )
     return probs
 
@@ -97,17 +101,19 @@ class Softmax(Function):
 
     @staticmethod
     def backward(ctx, dp):
-        ds = differentiate(SoftmaxBackward, *ctx.saved_tensors, dp, ctx.diagonal)
+        ds = differentiate(SoftmaxBackward, *ctx.saved_tensors, dp, ctx.diagonal, True)
         dmask = None
         if ctx.needs_input_grad[1]:
             dmask = differentiate(MaskGradient, ds, ctx.mask_shape, ctx.mask_dtype)
-        return ds, dmask, None, None, None
+        return ds, dmask, None, None, None, None
 
 
-def softmax_dropout(scores, mask, diagonal, dropout_p, block_m=None, block_n=None):
-    """attention_softmax behind its checks: mask 4-D or None, query m sees the keys n <= m + diagonal."""
-    probs = differentiate(Softmax, scores, mask, diagonal, block_m, block_n)
-    return probs if dropout_p == 0.0 else dropout(probs, dropout_p)
+def softmax_dropout(scores, mask, diagonal, dropout_p, block_m=None, block_n=None, filled=True):
+    """attention_softmax behind its checks: mask 4-D or None, query m sees the keys n <= m + diagonal; the others get
+    0, or are left unwritten if not filled."""
+    if dropout_p == 0.0:
+        return differentiate(Softmax, scores, mask, diagonal, block_m, block_n, filled)
+    return dropout(differentiate(Softmax, scores, mask, diagonal, block_m, block_n, False), dropout_p, diagonal, filled)
 
 
 @replayable

@@ -27,7 +27,7 @@ TAKES = {  # kind: its inputs; its options
     "scores": ("q k", "causal scale block same"),
     "softmax": ("scores mask", "causal bias mask dropout block"),
     "values": ("probs v", "causal block"),
-    "staged": ("q k v mask", "causal bias mask dropout scale same"),
+    "staged": ("q k v mask", "causal bias mask dropout scale same need_weights"),
     "fused": ("q k v mask sinks", "causal bias mask dropout scale same window softcap sinks lse block"),
     "merge": ("q k v mask", "mask scale softcap same"),
     "layer": ("q k v mask parameters", "mask dropout same biased weights"),
@@ -46,6 +46,7 @@ OPTIONS = {  # the first is what a kind has that does not take the option
     "block": (None,) * 5 + (16, 32, 64),
     "biased": (True, True, False),
     "weights": (None, "averaged", "of heads"),
+    "need_weights": (True, True, False),
 }
 MASK_SHAPES = ("BHMN", "11MN", "11MN", "B11N", "111N", "1HM1", "1111", "MN", "N", "HMN")
 MASK_LAYOUTS = ("plain", "columns", "every other", "sliced", "bnhd")
@@ -319,7 +320,10 @@ def ours(c, module=None, **inputs):
     sinks = inputs.pop("sinks", None)
     q, k, v = everywhere(**inputs)
     if c.kind == "staged":
-        return attention_staged(q, k, v, mask, c.dropout, c.causal, scale, enable_gqa=True)
+        outs = attention_staged(
+            q, k, v, mask, c.dropout, c.causal, scale, enable_gqa=True, need_weights=c.need_weights
+        )
+        return outs if c.need_weights else outs[:1]
     fused = lambda k, v, mask: attention_fused(  # noqa: E731
         q, k, v, mask, c.dropout, c.causal, scale, enable_gqa=True, window_size=c.window, softcap=c.softcap,
         sinks=sinks, return_lse=c.lse, **blocks,
@@ -346,7 +350,7 @@ def reference(c, keep, q=None, k=None, v=None, mask=None, sinks=None, scores=Non
     q, k, v = everywhere(q, k, v)
     keep = None if keep is None else keep.to(q.dtype)
     if c.kind == "staged":
-        return torch_staged(q, k, v, mask, c.causal, c.scale, keep)
+        return torch_staged(q, k, v, mask, c.causal, c.scale, keep)[: 2 if c.need_weights else 1]
     softcap = c.softcap
     if softcap and q.dtype != F64:  # torch's own has NaN for what float32 has no number for
         softcap = 0.0 if softcap > 1e30 else max(softcap, 1e-30)

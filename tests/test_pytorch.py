@@ -97,6 +97,8 @@ def test_opcheck():
     cases = [
         (scores_op, (q, k, 0.5, None, None, None, None)), (scores_op, (q, k, 0.5, 0, -INF, 16, 16)),
         (softmax_op, (s, None, None, None, None)), (softmax_op, (s, mask, 0, None, None)),
+        (softmax_op, (s, mask, 9, None, None, False)), (softmax_backward_op, (s, s, 9, False)),
+        (dropout_op, (s, seed, 0.5, 9, False)),  # all is visible: what is not written cannot be compared
         (softmax_backward_op, (s, s, None)), (mask_gradient_op, (s, [1, 4, 1, 7], F32)),
         (dropout_op, (s, seed, 0.5)), (values_op, (s, k, None, 4, False, 1.0, F32, None, None)),
         (values_op, (s, q, 0, 2, True, 1.0, F64, None, None)),

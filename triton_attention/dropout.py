@@ -16,31 +16,40 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from triton_attention.launch import launch, strided
-from triton_attention.operators import Function, define_op, differentiate
-from triton_attention.tiles import DropoutMask, head, keep_mask, load_tile, split_program, store_tile
+from triton_attention.operators import Function, define_op, differentiate, like_first
+from triton_attention.tiles import (
+    DropoutMask, head, keep_mask, load_scores, split_program, store_tile, visible_end,
+)
 
 
 @triton.jit
 def _dropout_kernel(
     p_ptr, stride_pb, stride_ph, stride_pm, stride_pn,
     o_ptr, stride_ob, stride_oh, stride_om, stride_on,
-    seed_ptr, dropout_p, factor, H, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    seed_ptr, dropout_p, factor, H, M, N, diagonal,
+    CAUSAL: tl.constexpr, FILLED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     col_tiles = tl.cdiv(N, BLOCK_N)
     tile, off_b, off_h = split_program(tl.program_id(0), tl.cdiv(M, BLOCK_M) * col_tiles, H)
-    start_n = tile % col_tiles * BLOCK_N
-    offs_m, offs_n = tile // col_tiles * BLOCK_M + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+    start_m, start_n, last_n = tile // col_tiles * BLOCK_M, tile % col_tiles * BLOCK_N, N
+    if not FILLED:
+        last_n = visible_end(start_m, N, diagonal, BLOCK_M)
+    offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     p_head = head(p_ptr, (stride_pb, stride_ph, stride_pm, stride_pn), (M, N), off_b, off_h)
     o_head = head(o_ptr, (stride_ob, stride_oh, stride_om, stride_on), (M, N), off_b, off_h)
-    p = load_tile(*p_head, offs_m, offs_n)
-    dropout = DropoutMask(dropout_p, factor, tl.load(seed_ptr), off_b, off_h)
-    p = tl.where(keep_mask(dropout, offs_m, start_n, BLOCK_N), p * factor, 0.0)
-    store_tile(*o_head, offs_m, offs_n, p)
+    if start_n < last_n:
+        p = load_scores(*p_head, offs_m, offs_n, diagonal, 0.0, CAUSAL)
+        dropout = DropoutMask(dropout_p, factor, tl.load(seed_ptr), off_b, off_h)
+        p = tl.where(keep_mask(dropout, offs_m, start_n, BLOCK_N), p * factor, 0.0)
+        store_tile(*o_head, offs_m, offs_n, p)
 
 
-@define_op("dropout", fake=lambda probs, seed, dropout_p: probs.new_empty(probs.shape))
-def dropout_op(probs: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> torch.Tensor:
-    """probs with each element dropped with probability dropout_p, the others divided by 1 - dropout_p."""
+@define_op("dropout", fake=like_first)
+def dropout_op(
+    probs: torch.Tensor, seed: torch.Tensor, dropout_p: float, diagonal: int | None = None, filled: bool = True
+) -> torch.Tensor:
+    """probs with each element dropped with probability dropout_p, the others divided by 1 - dropout_p. The future, keys
+    n > m + diagonal, is not read, and 0, or in tiles unwritten if not filled."""
     (B, H, M, N), out = probs.shape, probs.new_empty(probs.shape)
     if out.numel() == 0:
         return out
@@ -50,7 +59,8 @@ def dropout_op(probs: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> tor
     block_m, block_n = (128, 128) if INTERPRETED else (16, 128)
     launch(
         _dropout_kernel, B * H * triton.cdiv(M, block_m) * triton.cdiv(N, block_n),
-        *strided(probs, out), seed, dropout_p, factor, H, M, N, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+        *strided(probs, out), seed, dropout_p, factor, H, M, N, diagonal or 0,
+        CAUSAL=diagonal is not None, FILLED=filled or diagonal is None, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
     )
     return out
 
@@ -62,19 +72,19 @@ class Dropout(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, seed, ctx.dropout_p = inputs
+        _, seed, ctx.dropout_p, ctx.diagonal, _ = inputs
         ctx.save_for_backward(seed)
 
     @staticmethod
     def backward(ctx, do):
-        return differentiate(Dropout, do, *ctx.saved_tensors, ctx.dropout_p), None, None
+        return differentiate(Dropout, do, *ctx.saved_tensors, ctx.dropout_p, ctx.diagonal, True), *(None,) * 4
 
     @staticmethod
-    def vmap(info, in_dims, probs, seed, dropout_p):
+    def vmap(info, in_dims, probs, seed, *options):
         each = []
         for i in range(info.batch_size):  # not folded: an element's fate depends on its place in the batch
             p, s = (t if dim is None else t.select(dim, i) for t, dim in zip((probs, seed), in_dims, strict=False))
-            each.append(differentiate(Dropout, p, s, dropout_p))
+            each.append(differentiate(Dropout, p, s, *options))
         return torch.stack(each), 0
 
 
@@ -126,6 +136,6 @@ def draw_seed(like):
     return torch.randint(1 << 62, (1,), device=like.device)
 
 
-def dropout(probs, dropout_p):
-    """probs [B, H, M, N] after dropout, 0 < dropout_p <= 1, by a seed from torch's generator of their device."""
-    return differentiate(Dropout, probs, draw_seed(probs), dropout_p)
+def dropout(probs, dropout_p, diagonal=None, filled=True):
+    """probs [B, H, M, N] after dropout, 0 < dropout_p <= 1, by a seed from torch's generator; see dropout_op."""
+    return differentiate(Dropout, probs, draw_seed(probs), dropout_p, diagonal, filled)

@@ -146,6 +146,11 @@ def define_op(name, fake, wide=(), hopper=None):
     return decorate
 
 
+def like_first(x, *others):
+    """The fake of an operator whose result is like its first argument."""
+    return x.new_empty(x.shape)
+
+
 class Function(torch.autograd.Function):
     """A torch.autograd.Function for differentiate. An `op` is its forward, unless it has one of its own that takes the
     same arguments, and gets its derivative: in a program of torch.export or torch.jit.trace it stands alone."""

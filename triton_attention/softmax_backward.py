@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from triton_attention.launch import launch
-from triton_attention.operators import Function, define_op, differentiate
+from triton_attention.operators import Function, define_op, differentiate, like_first
 from triton_attention.tile_choice import row_tile
-from triton_attention.tiles import head_ptr, load_scores, load_tile, split_program, store_tile
+from triton_attention.tiles import head_ptr, load_scores, load_tile, split_program, store_tile, visible_end
 
 
 @triton.jit
@@ -28,15 +28,18 @@ def _softmax_bwd_kernel(
     dp_ptr, stride_gb, stride_gh, stride_gm, stride_gn,
     ds_ptr, stride_sb, stride_sh, stride_sm, stride_sn,
     H, M, N, diagonal,
-    CAUSAL: tl.constexpr, WHOLE_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, FILLED: tl.constexpr, WHOLE_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     tile, off_b, off_h = split_program(tl.program_id(0), tl.cdiv(M, BLOCK_M), H)
+    start_m, end_n = tile * BLOCK_M, N
+    if CAUSAL:  # what no query of the tile sees is not read, and zero, or not written
+        end_n = visible_end(start_m, N, diagonal, BLOCK_M)
+    last_n = N if FILLED else end_n
     P = (head_ptr(p_ptr, stride_pb, stride_ph, off_b, off_h), (stride_pm, stride_pn), (M, N))
     DP = (head_ptr(dp_ptr, stride_gb, stride_gh, off_b, off_h), (stride_gm, stride_gn), (M, N))
-    DS = (head_ptr(ds_ptr, stride_sb, stride_sh, off_b, off_h), (stride_sm, stride_sn), (M, N))
+    DS = (head_ptr(ds_ptr, stride_sb, stride_sh, off_b, off_h), (stride_sm, stride_sn), (M, last_n))
     ACC: tl.constexpr = tl.float64 if p_ptr.dtype.element_ty == tl.float64 else tl.float32
 
-    start_m = tile * BLOCK_M
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     if WHOLE_ROW:
         p, dp = _load(P, DP, offs_m, offs_n, diagonal, ACC, CAUSAL)
@@ -44,14 +47,11 @@ def _softmax_bwd_kernel(
         delta = tl.sum(p * dp, 1)  # what rounding left over: much, where one key has almost all of the weight
         store_tile(*DS, offs_m, offs_n, p * (dp - delta[:, None]))
     else:
-        end_n = N
-        if CAUSAL:
-            end_n = tl.minimum(start_m + BLOCK_M + diagonal, N)
         delta = tl.zeros([BLOCK_M], ACC)
         for start_n in range(0, end_n, BLOCK_N):
             p, dp = _load(P, DP, offs_m, start_n + offs_n, diagonal, ACC, CAUSAL)
             delta += tl.sum(p * dp, 1)
-        for start_n in range(0, N, BLOCK_N):
+        for start_n in range(0, last_n, BLOCK_N):
             p, dp = _load(P, DP, offs_m, start_n + offs_n, diagonal, ACC, CAUSAL)
             store_tile(*DS, offs_m, start_n + offs_n, p * (dp - delta[:, None]))
 
@@ -86,13 +86,11 @@ def _mask_grad_kernel(
     store_tile(g_ptr, (stride_gm, stride_gn), (GM, GN), start_m + offs_m, start_n + offs_n, acc)
 
 
-def like_first(x, *others):
-    return x.new_empty(x.shape)
-
-
 @define_op("softmax_backward", fake=like_first)
-def softmax_backward_op(probs: torch.Tensor, dp: torch.Tensor, diagonal: int | None) -> torch.Tensor:
-    """dS = P * (dP - rowsum(P * dP)), like probs."""
+def softmax_backward_op(
+    probs: torch.Tensor, dp: torch.Tensor, diagonal: int | None, filled: bool = True
+) -> torch.Tensor:
+    """dS = P * (dP - rowsum(P * dP)), like probs; the future is not read, and 0, or unwritten if not filled."""
     (B, H, M, N), ds = probs.shape, probs.new_empty(probs.shape)
     if ds.numel() == 0:
         return ds
@@ -100,7 +98,7 @@ def softmax_backward_op(probs: torch.Tensor, dp: torch.Tensor, diagonal: int | N
     launch(
         _softmax_bwd_kernel, B * H * triton.cdiv(M, tile["BLOCK_M"]),
         probs, *probs.stride(), dp, *dp.stride(), ds, *ds.stride(),
-        H, M, N, diagonal or 0, CAUSAL=diagonal is not None, **tile,
+        H, M, N, diagonal or 0, CAUSAL=diagonal is not None, FILLED=filled or diagonal is None, **tile,
     )
     return ds
 
@@ -127,7 +125,7 @@ class SoftmaxBackward(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        probs, dp, ctx.diagonal = inputs
+        probs, dp, ctx.diagonal, ctx.filled = inputs
         ctx.save_for_backward(probs, dp)
 
     @staticmethod
@@ -141,8 +139,8 @@ class SoftmaxBackward(Function):
             delta, gamma = (p * dp_wide).sum(-1, keepdim=True), (p * g_wide).sum(-1, keepdim=True)
             g_probs = (g_wide * (dp_wide - delta) - gamma * dp_wide).to(probs.dtype)
         if ctx.needs_input_grad[1]:
-            g_dp = differentiate(SoftmaxBackward, probs, g, ctx.diagonal)
-        return g_probs, g_dp, None
+            g_dp = differentiate(SoftmaxBackward, probs, g, ctx.diagonal, ctx.filled)
+        return g_probs, g_dp, None, None
 
 
 class MaskGradient(Function):

@@ -134,9 +134,15 @@ def visible(rows, cols, diagonal, TRANSPOSED: tl.constexpr = False):
 
 
 @triton.jit
+def visible_end(start_m, N, diagonal, BLOCK_M: tl.constexpr):
+    """The end of the keys that some of the queries start_m : start_m + BLOCK_M sees, rounded up to 16 where that is
+    below N: a mask that is constant over 16 elements leaves loads and stores as wide as they are without one."""
+    return tl.minimum(tl.cdiv(tl.maximum(start_m + BLOCK_M + diagonal, 0), 16) * 16, N)
+
+
+@triton.jit
 def load_visible(ptr, strides, shape, rows, cols, diagonal, other=0.0):
-    """load_tile of what a causal query sees, rounded up to 16 keys: a mask that is constant over 16 elements
-    leaves the loads as wide as they were."""
+    """load_tile of what a causal query sees, rounded up to 16 keys as in visible_end."""
     ptrs = ptr + rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
     inside = (rows[:, None] < shape[0]) & (cols[None, :] < shape[1])
     return tl.load(ptrs, mask=inside & visible(rows, cols // 16 * 16, diagonal), other=other)
