@@ -291,13 +291,13 @@ def launches(architecture, quick=False):
     if architecture == "sm_90":
         from triton_attention.hopper import backward, forward, scores
 
-        for kernels in (forward, backward):
+        for kernels in (forward, backward, scores):
             kernels.MIN_WORK = math.inf  # what is launched below by the names of all GPUs is the plain kernels
         none, scalars = (None,) * 3, (0.125, 0.0, 0.0)
         for D in (64, 128, 256)[: 3 if forward.MAX_HEAD_DIM == 256 else 2]:
             q = torch.zeros(1, 2, 256, D, dtype=torch.bfloat16)
-            if D <= 128:
-                yield f"scores on Hopper bfloat16 D{D}", scores.run, (q, q, 0.125, *none, None)
+            for kind, diagonal, fill in (("", None, None), (" causal", 0, 0.0), (" causal, unfilled", 0, None)):
+                yield f"scores on Hopper bfloat16 D{D}{kind}", scores.run, (q, q, 0.125, diagonal, fill, None, None)
             kinds = (("full", None, None), ("causal", None, 0), ("window", -64, 0))[: 2 if quick else 3]
             for kind, left, right in (*kinds, *(() if quick else (("causal, unaligned", None, 10),))):
                 arguments = (q, q, q, *none, *scalars, left, right, None, None)
@@ -319,6 +319,8 @@ def launches(architecture, quick=False):
         causal = (0,) if quick and architecture != "sm_90" else (None, 0)
         for diagonal in causal if dtype == torch.bfloat16 else (None,):
             label = f"{name} D{D}{'' if diagonal is None else ' causal'}"
+            if diagonal is not None:
+                yield f"scores {label}, unfilled", scores_op, (q, q, 0.125, diagonal, None, None, None)
             yield f"scores {label}", scores_op, (q, q, 0.125, diagonal, diagonal, None, None)
             yield f"values {label}", values_op, (s, q, diagonal, 2, False, 1.0, dtype, None, None)
             yield f"values^T {label}", values_op, (s, q, diagonal, 2, True, 1.0, dtype, None, None)
@@ -337,21 +339,32 @@ def launches(architecture, quick=False):
         for N in lengths:
             s, bias = torch.zeros(1, 1, 16, N, dtype=dtype), torch.zeros(1, 1, 1, N, dtype=dtype)
             yield f"softmax {name} N{N} causal + bias", softmax_op, (s, bias, 0, None, None)
+            yield f"softmax {name} N{N} causal, unfilled", softmax_op, (s, None, 0, None, None, False)
             yield f"softmax backward {name} N{N}", softmax_backward_op, (s, s, None)
+            yield f"softmax backward {name} N{N} causal", softmax_backward_op, (s, s, 0, False)
             if N <= 8192:
                 yield f"softmax mean {name} N{N}", softmax_mean_op, (s, None, None)
         yield f"mask gradient {name}", mask_gradient_op, (s, [1, 1, 1, N], dtype)
-        yield f"dropout {name}", dropout_op, (s, torch.zeros(1, dtype=torch.int64), 0.1)
+        for diagonal in (None, 0):
+            label = f"dropout {name}{'' if diagonal is None else ' causal'}"
+            yield label, dropout_op, (s, torch.zeros(1, dtype=torch.int64), 0.1, diagonal, diagonal is None)
+
+
+def all_launches(name, quick):
+    """Those of launches, and unless quick those of the plain kernels in unaligned rows too; one at a time, as together
+    their tensors would take 10 GB."""
+    for label, launcher, arguments in launches(name, quick):
+        yield label, launcher, arguments
+        if not quick and "on Hopper" not in label:
+            yield f"{label}, unaligned rows", launcher, unaligned(arguments)
+    yield from narrow_launches()[: 1 if quick else 6]
 
 
 def rows(name, quick):
     """The table for one GPU: [(label, registers, spills, shared KiB, problem or "")]."""
     tiles.NVIDIA = tl.constexpr(name.startswith("sm_"))  # so a process compiles for one GPU
-    out, builds = [], list(launches(name, quick))
-    plain = [row for row in builds if "on Hopper" not in row[0]]
-    builds += narrow_launches()[: 1 if quick else 6]
-    builds += [] if quick else [(f"{label}, unaligned rows", f, unaligned(a)) for label, f, a in plain]
-    for label, launcher, arguments in builds:
+    out = []
+    for label, launcher, arguments in all_launches(name, quick):
         with compiling_for(name) as built:
             launcher(*arguments)
         for name_of_kernel, kernel in built:

@@ -84,7 +84,7 @@ class Shared:
 
 
 class Descriptor:
-    """What TMA moves: blocks of rows of a [..., M, D] tensor; outside of it zeros."""
+    """What TMA moves: blocks of a [..., M, D] tensor; outside of it zeros."""
 
     delays = 0, 0, 1e-3, 1e-2  # seconds that a load takes
 
@@ -93,8 +93,8 @@ class Descriptor:
         self.block_type = SimpleNamespace(nbytes=rows * columns * tensor.element_size())
 
     def part(self, at):
-        *head, start, _ = at
-        return self.tensor[tuple(head)][start : start + self.block[0]]
+        *head, row, column = at
+        return self.tensor[tuple(head)][row : row + self.block[0], column : column + self.block[1]]
 
     def load(self, at, barrier, buf):
         buf.data.fill_(torch.nan)
@@ -306,7 +306,7 @@ LANGUAGE = SimpleNamespace(
     float16=torch.float16, float32=torch.float32,
     int8=torch.int8, int32=torch.int32, uint32=torch.int64, int64=torch.int64,
     program_id=lambda axis: current.number, num_programs=lambda axis: current.size,
-    minimum=either(torch.fmin, min), maximum=either(torch.fmax, max), where=where,
+    cdiv=lambda a, b: -(-a // b), minimum=either(torch.fmin, min), maximum=either(torch.fmax, max), where=where,
     zeros=lambda shape, dtype, layout: torch.zeros(shape), zeros_like=torch.zeros_like,
     full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     arange=lambda start, end, layout: torch.arange(start, end), expand_dims=lambda x, axis: x.unsqueeze(axis),
@@ -330,10 +330,10 @@ NAMES = {
     "tma": SimpleNamespace(store_wait=store_wait, tensor_descriptor=Descriptor),
     "store_wait_complete": store_wait_complete, "ctaid": lambda: current.number,
     "rescale": lambda x, alpha: x * alpha, "mark_nan": mark_nan,
-    "load_async": lambda desc, at, barrier, buf: desc.load(at, barrier, buf),
+    "load_async": lambda desc, at, barrier, buf, pred=True: desc.load(at, barrier, buf) if pred else None,
     "mbarrier": SimpleNamespace(
         MBarrierLayout=lambda: "barrier", init=lambda bar, count: bar.init(count),
-        expect=lambda bar, nbytes: bar.update(arrivals=1, expected=nbytes),
+        expect=lambda bar, nbytes, pred=True: bar.update(arrivals=1, expected=nbytes) if pred else None,
         arrive=lambda bar, count: bar.update(arrivals=count),
         wait=lambda bar, parity, pred=True: bar.wait(parity) if pred else None,
     ),

@@ -23,7 +23,7 @@ from triton_attention.hopper import backward as kernels, forward as forward_kern
 from triton_attention.logits import LOG2E  # noqa: E402
 
 HOPPER = Path(forward_kernels.__file__).parent
-FORWARD, BACKWARD = HOPPER / "forward.py", HOPPER / "backward.py"
+FORWARD, BACKWARD, SCORES = (HOPPER / f"{name}.py" for name in ("forward", "backward", "scores"))
 SHARED = [HOPPER / f"{name}.py" for name in ("mask", "nan_repair", "softmax")]
 
 
@@ -80,6 +80,33 @@ def backward(
     return o, lse, dq, dk, dv
 
 
+def scores(q, k, scale, right=None, fill=None, block_n=128, stages=2, span=2, source=None):
+    """S of the kernel; q [B, H, M, D], k [B, Hk, N, D], D up to 64; what is not written is NaN."""
+    kernel = load(source or SCORES.read_text())
+    (B, H, M), (Hk, N) = q.shape[:3], k.shape[1:3]
+    s = torch.full((B, H, M, N), torch.nan)
+    arguments = (
+        Descriptor(q, 64, 64), Descriptor(k, block_n, 64), Descriptor(s, 64, block_n), scale, H, H // Hk, M, N,
+        right or 0, right is not None, right is not None and fill is not None, bool(fill), 64, block_n, 64, span,
+        stages, 0,
+    )
+    programs = B * H * -(-N // block_n) * -(-M // (64 * span))
+    run_threads([(number, kernel._scores_hopper_kernel, arguments) for number in range(programs)])
+    return s
+
+
+def check_scores(source=None, keys=420, right=None, fill=None, **options):
+    """As check: whether the scores are right, and nothing is written that should not be."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, 300, 40), torch.randn(1, 1, keys, 40)
+    found, expected = scores(q, k, -0.2, right, fill, source=source, **options), -0.2 * q @ k.mT
+    if right is not None:
+        m, n = torch.arange(300)[:, None], torch.arange(keys)
+        future = n > m + right if fill is not None else n // 128 * 128 > m // 64 * 64 + 63 + right  # whole tiles
+        expected = expected.masked_fill(future, torch.nan if fill is None else fill)
+    return torch.allclose(found, expected, atol=1e-4, equal_nan=True)
+
+
 def exact(q, k, v, scale, left=None, right=None):
     """(O, lse) by PyTorch."""
     M, N = q.shape[2], k.shape[2]
@@ -87,9 +114,14 @@ def exact(q, k, v, scale, left=None, right=None):
     return torch_fused(q, k, v, sees, scale=scale)
 
 
-def check(source=None, back=False, keys=420, hidden=None, infinite=False, **options):
-    """Whether an emulated kernel is right on a case with every kind of edge; raises what it raises. hidden: what stands
-    in keys and values that no query sees; infinite: the last keys, which come first, score -inf."""
+def check(source=None, only_scores=False, **case):
+    """Whether an emulated kernel is right on a case; raises what it raises."""
+    return (check_scores if only_scores else check_attention)(source, **case)
+
+
+def check_attention(source=None, back=False, keys=420, hidden=None, infinite=False, **options):
+    """Of a case with every kind of edge. hidden: what stands in keys and values that no query sees; infinite: the last
+    keys, which come first, score -inf."""
     torch.manual_seed(0)
     D = 72 if back and options.get("block_m") == 64 else 40
     q, k, v = (torch.randn(1, *shape, D, requires_grad=back) for shape in ((4, 300), (2, keys), (2, keys)))
@@ -130,7 +162,12 @@ CASES = [
     {"back": True, "left": 90, "right": 20, "block_m": 64, "stages": 3, "programs": 8},
     {"back": True, "right": 0, "hidden": 2e38}, {"back": True, "left": 30, "right": 80, "block_m": 64, "hidden": -2e38},
     {"back": True, "right": -70, "hidden": torch.inf}, {"back": True, "left": 200, "hidden": torch.nan},
+    {"only_scores": True}, {"only_scores": True, "right": 0}, {"only_scores": True, "right": 0, "fill": -torch.inf},
+    {"only_scores": True, "right": 70, "fill": 0.0, "span": 3}, {"only_scores": True, "right": -150, "stages": 3},
+    {"only_scores": True, "right": -150, "fill": -torch.inf, "span": 5}, {"only_scores": True, "right": 420},
+    {"only_scores": True, "right": 64, "fill": 0.0, "span": 5, "stages": 1},
 ]
+_SCORES = {"only_scores": True, "span": 5}
 _BACK = {"back": True, "block_m": 64, "right": 300}
 _BANDED, _FULL = {"left": -60, "right": 10, "block_m": 192}, {"programs": 1}
 _SHORT = {"right": -200, "stages": 3, "programs": 1}  # a tile of keys for each of queries
@@ -175,6 +212,11 @@ BUGS = {  # name: (mark of a line in the kernel, what is done to it (see plant),
         "clamp", (r"clamp\((.*)\)\)", r"gl.where(gl.abs(\1) < 3e38, \1, 0.0))"), {**_BACK, "right": 0, "hidden": 2e38},
     ),
     "dK stored before it is computed": ("wait-grads", DROP, _BACK),
+    "Q of the scores not waited for": ("wait-q", DROP, _SCORES),
+    "keys of the scores not waited for": ("wait-k", DROP, _SCORES),
+    "the phase of every second Q of the scores": ("wait-q", (r" // STAGES", ""), _SCORES),
+    "scores overwritten while they are stored": ("wait-s", DROP, {**_SCORES, "right": 0, "fill": 0.0, "span": 5}),
+    "scores of the future left as they are": ("future", (r"<=", "<"), {**_SCORES, "right": 0, "fill": 0.0}),
 }
 
 
@@ -195,10 +237,14 @@ def plant(source, mark, change):
     return "".join(lines)
 
 
+def source_of(case):
+    return SCORES if case.get("only_scores") else BACKWARD if case.get("back") else FORWARD
+
+
 def notices(bug):
     """How the emulation shows a planted bug: None if it does not."""
     mark, change, case = BUGS[bug]
-    source = (BACKWARD if case.get("back") else FORWARD).read_text()
+    source = source_of(case).read_text()
     usual = Barrier.timeout, Descriptor.delays
     Barrier.timeout, Descriptor.delays = 1.0, (0, 1e-3, 5e-2)
     try:

@@ -378,11 +378,17 @@ def test_gpu_many_heads_and_large_tensors():
 def test_gpu_scores_hopper(dtype):
     kernels = hopper_kernels("scores", DEVICE)
     shapes = [(1, 1, 1, 1, 8, 8), (2, 4, 2, 300, 328, 64), (1, 6, 2, 65, 1000, 40), (1, 2, 2, 1100, 520, 128)]
+    shapes += [(1, 2, 1, 1500, 520, 200)]
     for B, H, Hk, M, N, D in shapes:
         q = torch.randn(B, M, H, D, device=DEVICE, dtype=dtype).transpose(1, 2)
         k = torch.randn(B, Hk, N + 1, D + 8, device=DEVICE, dtype=dtype)[:, :, 1:, :D]
         for scale in (0.3, -2.0, 0.0):
             compare(lambda q, k, s=scale: kernels.run(q, k, s, *(None,) * 4), torch_scores, q, k, scale)
+        full = kernels.run(q, k, 0.3, *(None,) * 4)
+        for diagonal, fill in itertools.product((0, 70, -100, 5000), (-INF, 0.0, None)):
+            s, sees = kernels.run(q, k, 0.3, diagonal, fill, None, None), full.new_ones(M, N).tril(diagonal).bool()
+            assert torch.equal(s.where(sees, fill or 0.0), full.where(sees, fill or 0.0))
+            assert fill is None or (s.masked_select(~sees) == fill).all()
     q, k = (torch.randn(4, 16, 2048, 64, device=DEVICE, dtype=dtype) for _ in range(2))
     assert kernels.refuses(q, k, 1.0, *(None,) * 4) is None
     for pair in ((q, k[:, :, :-1]), (q[..., 1:], k[..., 1:]), (q.mT, k.mT)):
@@ -406,8 +412,8 @@ def test_hopper_protocol_bugs_are_noticed(bug):
 
 def test_hopper_marks():
     """The lines that the kernels mark are those in which bugs are planted."""
-    for path, back in ((emulate_hopper.FORWARD, False), (emulate_hopper.BACKWARD, True)):
-        planted = {mark for mark, _, case in emulate_hopper.BUGS.values() if case.get("back", False) == back}
+    for path in (emulate_hopper.FORWARD, emulate_hopper.BACKWARD, emulate_hopper.SCORES):
+        planted = {mark for mark, _, case in emulate_hopper.BUGS.values() if emulate_hopper.source_of(case) == path}
         assert sorted(re.findall(r"# mutate: (\S+)$", path.read_text(), re.MULTILINE)) == sorted(planted)
 
 

@@ -28,6 +28,7 @@ TILES = {
     ("scores", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, SPAN=16),  # 0.87
     ("scores hopper", "sm_90", 16, 64, None): Tile(64, 128, 64, 4, 2, SPAN=8, registers=128),  # 0.54
     ("scores hopper", "sm_90", 16, 128, None): Tile(64, 256, 128, 4, 2, SPAN=16, registers=240),  # 0.61
+    ("scores hopper", "sm_90", 16, 256, None): Tile(64, 128, 256, 4, 2, SPAN=16, registers=240),
     ("scores", "sm_90", 16, 256, None): Tile(64, 64, 128, 4, 2),
     ("scores", "sm_90", 32, 64, None): Tile(128, 64, 64, 4, 2),  # 2.33
     ("scores", "sm_90", 32, 128, None): Tile(64, 64, 64, 4, 2),  # 4.45
