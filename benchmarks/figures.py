@@ -23,6 +23,7 @@ MODES = {"light": ("#ffffff", "#1f2328", "#d8dee4"), "dark": ("#0d1117", "#e6edf
 LOOKS = {  # provider: colour (None: the ink), marker, line
     "triton fused": ("#D55E00", "o", "-"),
     "triton staged": ("#E69F00", "o", "-"),
+    "triton staged, O": ("#E69F00", "s", "--"),
     "triton apart": ("#E69F00", "s", ":"),
     "triton": ("#E69F00", "o", "-"),
     "SDPA cudnn": ("#0072B2", "^", "-"),

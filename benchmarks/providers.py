@@ -96,6 +96,13 @@ def last_rows(result):
     return result[-1:, -1:, -4 * CHUNK :]
 
 
+def visible_rows(result, fill=0.0):
+    """last_rows with the future filled, where a kernel has not written it."""
+    rows = last_rows(result)
+    future = (rows != rows).new_ones(rows.shape[2:]).triu(1 + result.shape[2] - rows.shape[2])
+    return rows.masked_fill(future, fill)
+
+
 def reference(q, k, v, causal, g=None):
     """O by PyTorch's three operations, or with g the gradients (dq, dk, dv); of one head of keys, or as many as Q's."""
     import torch
@@ -135,38 +142,46 @@ class Stage:
         return Comparison(makes, self.reference, self.pick, self.bytes, self.computed(1, 1))
 
 
-def scores(B, H, S, D, dtype, causal, seed):
-    from triton_attention_scores import attention_scores
+def scores(B, H, S, D, dtype, causal, seed, filled=True):
+    """filled False: causal as inside attention_staged, where nobody reads the future and it is not written."""
+    from triton_attention_scores import attention_scores, scores_op
 
     (q, k), scale = inputs(seed, (B, H, S, D), dtype, 2), D**-0.5
     q_rows = last_rows(q)
+
+    def call(block_m=None, block_n=None):
+        if not filled:
+            return scores_op(q, k, scale, 0, None, block_m, block_n)
+        return attention_scores(q, k, is_causal=causal, block_m=block_m, block_n=block_n)
+
     return Stage(
-        lambda **tile: attention_scores(q, k, is_causal=causal, **tile),
+        call,
         lambda: hide_future((q * scale) @ k.mT, causal),
         lambda t: hide_future((q_rows.to(t) * scale) @ last_head(k).to(t).mT, causal, S - q_rows.shape[2]),
-        last_rows,
-        q.element_size() * B * H * (S * S + 2 * S * D),
+        last_rows if filled else functools.partial(visible_rows, fill=-math.inf),
+        q.element_size() * B * H * (visible_pairs(S, not filled) + 2 * S * D),
         lambda m, n: 2 * B * H * D * visible_pairs(S, causal, m, n),
     )
 
 
-def softmax(B, H, S, D, dtype, causal, seed):
+def softmax(B, H, S, D, dtype, causal, seed, filled=True):
+    """filled as in scores."""
     from triton_attention_softmax import attention_softmax, softmax_op
 
     (s,) = inputs(seed, (B, H, S, S), dtype, 1)
     s_rows = last_rows(s)
 
     def call(block_m=None, block_n=None):
-        if block_m is not None and block_m < 16:  # the op's own choice; the function asks for 16 or more
-            return softmax_op(s, None, 0 if causal else None, block_m, block_n)
+        if not filled or block_m is not None and block_m < 16:  # the op's own choice; the function asks for 16 or more
+            return softmax_op(s, None, 0 if causal else None, block_m, block_n, filled)
         return attention_softmax(s, is_causal=causal, block_m=block_m, block_n=block_n)
 
     return Stage(
         call,
         lambda: hide_future(s, causal).softmax(-1),
         lambda t: hide_future(s_rows.to(t), causal, S - s_rows.shape[2]).softmax(-1),
-        last_rows,
-        s.element_size() * B * H * (S * S + visible_pairs(S, causal)),
+        last_rows if filled else visible_rows,
+        s.element_size() * B * H * (visible_pairs(S, not filled) + visible_pairs(S, causal)),
         lambda m, n: 5 * B * H * visible_pairs(S, causal, m, n),
     )
 
@@ -229,14 +244,14 @@ def shares_keys(q, k):
     return k.shape[1] < q.shape[1]
 
 
-def ours(module, function):
+def ours(module, function, **options):
     """Prepare a function of this repository; of a tuple, O comes first."""
 
     def prepare(q, k, v, causal):
         attention = getattr(importlib.import_module(module), function)
 
         def call():
-            out = attention(q, k, v, is_causal=causal, enable_gqa=shares_keys(q, k))
+            out = attention(q, k, v, is_causal=causal, enable_gqa=shares_keys(q, k), **options)
             return out[0] if isinstance(out, tuple) else out
 
         return call
@@ -307,6 +322,9 @@ def flash(module, **options):
 ATTENTION = {
     "triton fused": Provider(ours("triton_attention_fused", "attention_fused")),
     "triton staged": Provider(ours("triton_attention_layer", "attention_staged"), (2, 3)),
+    "triton staged, O": Provider(
+        ours("triton_attention_layer", "attention_staged", need_weights=False), (2, 3), modes=("fwd",)
+    ),
     "triton apart": Provider(three_functions, (2, 3), modes=("bwd",)),
     "SDPA cudnn": Provider(sdpa("CUDNN_ATTENTION")),
     "SDPA flash": Provider(sdpa("FLASH_ATTENTION")),
@@ -351,15 +369,18 @@ def attention(mode, B, H, S, D, dtype, causal, seed, kv_heads=None):
         heads = (pick(q.detach()), last_head(k.detach()), last_head(v.detach()))
         return reference(*(t.to(dtype) for t in heads), causal, pick(g).to(dtype) if bwd else None)
 
-    # over S x S: forward writes S, reads S, writes P, reads P (of a causal row, P is written whole); backward reads P
-    # for dV, reads P and writes dS, reads dS for dQ and for dK
-    passes = 5 * pairs if bwd else 3 * pairs + B * H * S * S
+    # over S x S: forward writes S, reads S, writes P, reads P; backward reads P for dV, reads P and writes dS, reads dS
+    # for dQ and for dK; of a causal row, P is written whole where it is returned
     linear = size * B * (2 * H + 2 * kv_heads) * S * D * (2 if bwd else 1)  # q k v o and their gradients, once each
-    staged = (linear + size * (passes + (0 if bwd else 2 * B * H * S * D)), (8 if bwd else 4) * pairs * D)
     storing = {name: provider for name, provider in ATTENTION.items() if provider.matrices[0]}
+    own = {}
+    for name in storing:
+        passes = 5 * pairs if bwd else 3 * pairs + (B * H * S * S if name != "triton staged, O" else pairs)
+        moved = linear + size * (passes + (0 if bwd else 2 * B * H * S * D))
+        own[name] = moved, (8 if bwd else 4) * pairs * D
     together = sum(provider.matrices[bwd] for provider in storing.values()) * size * B * H * S * S
     return Comparison(
         {name: functools.partial(make, provider) for name, provider in ATTENTION.items()},
         check, pick, linear, (10 if bwd else 4) * pairs * D,
-        own=dict.fromkeys(storing, staged), alone=tuple(storing) if together > free_bytes() else (),
+        own=own, alone=tuple(storing) if together > free_bytes() else (),
     )

@@ -81,14 +81,14 @@ def picture(folder, name, says):
 
 def two_sided(rows):
     """Ours and PyTorch's for the same: the stages and the layer."""
-    lines = ["| what | case | Triton, ms | of the roofline | PyTorch, ms | faster |", "|---|---|---|---|---|---|"]
+    lines = ["| what | case | moves, GB | Triton, ms | of the roofline | PyTorch, ms | faster |", "|---" * 7 + "|"]
     found = {row.point: row for row in rows}
     for row in rows:
         theirs = found.get((row.name, row.case, "torch"))
         if row.provider == "triton" and row.ms and theirs and theirs.ms:
             lines.append(
-                f"| {row.name} | {row.case} | {row.ms:.3f} | {percent(row.of_roofline)} | {theirs.ms:.3f} | "
-                f"{theirs.ms / row.ms:.2f}x |"
+                f"| {row.name} | {row.case} | {row.gbps * row.ms / 1e3:.2f} | {row.ms:.3f} | "
+                f"{percent(row.of_roofline)} | {theirs.ms:.3f} | {theirs.ms / row.ms:.2f}x |"
             )
     return lines if len(lines) > 2 else []
 
@@ -175,7 +175,8 @@ def results_readme():
         "peak memory too. Medians, L2 cleared before each call, everyone in turns on a warm chip, every result checked",
         'against float64 first. "PyTorch" is its matmul, softmax, matmul with autograd (or its `nn.MultiheadAttention`',
         'in eval). "Of the roofline" is the time that the copy bandwidth and the matmul speed of the same run allow',
-        "for the bytes and the flops of the computation, causal counting what is visible, as a share of the time.",
+        'for the bytes ("moves") and the flops of the computation, causal counting what is visible, as a share of the',
+        "time.",
     ]
     order = {name: i for i, name in enumerate(SHOWN)}
     for folder in sorted(gpus(RESULTS), key=lambda path: (order.get(path.name, len(order)), path.name)):
