@@ -23,7 +23,7 @@ from triton_attention.operators import Function, define_op, differentiate, like_
 from triton_attention.softmax_backward import MaskGradient, SoftmaxBackward
 from triton_attention.tile_choice import ONE_PASS, row_tile  # noqa: F401  public here
 from triton_attention.tiles import (
-    finite, head_ptr, inverse_sum, load_logits, split_program, store_tile, visible_end,
+    exp, finite, head_ptr, inverse_sum, load_logits, split_program, store_tile, visible_end,
 )
 
 
@@ -52,7 +52,7 @@ def _softmax_kernel(
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     if WHOLE_ROW:
         s = load_logits(S, MASK, offs_m, offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS)
-        p = tl.exp(s - finite(tl.max(s, 1))[:, None])
+        p = exp(s - finite(tl.max(s, 1))[:, None])
         store_tile(*P, offs_m, offs_n, p * inverse_sum(tl.sum(p, 1))[:, None])
     else:
         m_i = tl.full([BLOCK_M], float("-inf"), ACC)
@@ -60,12 +60,12 @@ def _softmax_kernel(
         for start_n in range(0, end_n, BLOCK_N):
             s = load_logits(S, MASK, offs_m, start_n + offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS)
             m_new = tl.maximum(m_i, tl.max(s, 1))
-            l_i = l_i * tl.exp(m_i - finite(m_new)) + tl.sum(tl.exp(s - finite(m_new)[:, None]), 1)
+            l_i = l_i * exp(m_i - finite(m_new)) + tl.sum(exp(s - finite(m_new)[:, None]), 1)
             m_i = m_new
         m_i, l_i = finite(m_i), inverse_sum(l_i)
         for start_n in range(0, last_n, BLOCK_N):
             s = load_logits(S, MASK, offs_m, start_n + offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS)
-            store_tile(*P, offs_m, start_n + offs_n, tl.exp(s - m_i[:, None]) * l_i[:, None])
+            store_tile(*P, offs_m, start_n + offs_n, exp(s - m_i[:, None]) * l_i[:, None])
 
 
 @define_op("softmax", fake=like_first)

@@ -8,15 +8,12 @@ A query m sees the keys from m + left to m + right, each side only where its fla
 right = 0, a sliding window has both sides. A mask or bias tensor forbids more, key by key.
 """
 
-import math
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from triton_attention.tiles import Matrix
-
-LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2.0))
+from triton_attention.tiles import LN2, LOG2E, Matrix  # noqa: F401  LN2 is for others
 
 
 class Options(NamedTuple):

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton_attention.launch import launch, mask_arguments
 from triton_attention.operators import define_op
 from triton_attention.tile_choice import row_tile
-from triton_attention.tiles import finite, head_ptr, inverse_sum, load_logits, split_program, store_tile
+from triton_attention.tiles import exp, finite, head_ptr, inverse_sum, load_logits, split_program, store_tile
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _softmax_mean_kernel(
         if HAS_MASK or HAS_BIAS:
             MASK = (head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h), (stride_am, stride_an), (M, N))
         s = load_logits(S, MASK, offs_m, offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS)
-        p = tl.exp(s - finite(tl.max(s, 1))[:, None])
+        p = exp(s - finite(tl.max(s, 1))[:, None])
         p *= inverse_sum(tl.sum(p, 1))[:, None]
         store_tile(*P, offs_m, offs_n, p)
         total += p

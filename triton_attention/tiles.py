@@ -6,6 +6,7 @@
          M  +----+----+--+       written
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2.0))
 # whether a product is one of NVIDIA's; Inductor compiles where no driver can be asked
 NVIDIA = tl.constexpr(torch.version.cuda is not None and not triton.knobs.runtime.interpret)
 
@@ -77,6 +79,15 @@ def hide_loads(x, OPTIONS: tl.constexpr):
         if NVIDIA:
             x = _bits_as_float(x.to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True))
     return x
+
+
+@triton.jit
+def exp(x):
+    """e^x; of float32 with 0 for results below 2^-126, which costs half the instructions of tl.exp."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x * LOG2E)
 
 
 @triton.jit
