@@ -46,8 +46,8 @@ MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
 
 
 @triton.jit
-def _walk(
-    acc, m_i, l_i, q, k_head, v_head, band, dropout, scale, bounds, MASKED: tl.constexpr, OPTIONS: tl.constexpr
+def _fwd_inner(
+    acc, m_i, l_i, q, k_head, v_head, band, dropout, scale, bounds, MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):
     """Attend to the keys that every query of the block sees, a tile at a time, or if MASKED to the others."""
     PRECISION: tl.constexpr = OPTIONS.PRECISION
@@ -74,8 +74,8 @@ def _walk(
 
 
 @triton.jit
-def _walk_one_by_one(
-    m_i, l_i, q_head, offs_m, k_head, v_head, band, dropout, scale, bounds, OPTIONS: tl.constexpr
+def _fwd_one_by_one(
+    m_i, l_i, q_head, offs_m, k_head, v_head, band, dropout, scale, bounds, OPTIONS: tl.constexpr,
 ):
     """(acc, l_i) of a few rows, without the products 0 * NaN of a dot. m_i is their final maximum, l_i what a sink adds
     to the sum, which is that of these weights: scores are rounded otherwise than those of a dot."""
@@ -154,7 +154,7 @@ def _fwd_kernel(
     last_n = tl.minimum(first_n + chunk, N)
     bounds = key_range(start_m, first_n, last_n, band, OPTIONS)
     for masked in tl.static_range(1 if HAS_MASK or HAS_BIAS else 0, 2):
-        acc, m_i, l_i = _walk(
+        acc, m_i, l_i = _fwd_inner(
             acc, m_i, l_i, q, k_head, v_head, band, dropout, scale, bounds, masked == 1, OPTIONS
         )
 
@@ -177,7 +177,7 @@ def _fwd_kernel(
                 if HAS_SINKS:
                     sink = tl.sum(tl.where(here, sinks[None, :], 0.0), 1)
                     l_few = tl.where(split == 0, tl.exp(sink - m_few), 0.0)
-                acc_few, l_few = _walk_one_by_one(
+                acc_few, l_few = _fwd_one_by_one(
                     m_few, l_few, q_head, start_m + chosen, k_head, v_head, band, dropout, scale, bounds, OPTIONS
                 )
                 acc_few *= (factor_few * inverse_sum(l_few))[:, None]
@@ -244,8 +244,10 @@ def fused_op(
         FEW=tile.BLOCK_M if INTERPRETED else 16, **compile_options(tile, q.device),
     )
     if splits > 1:
-        sizes = {name: constants[name] for name in ("PAIRED", "DV", "BLOCK_DV")}
-        merge_splits(part, part_stats, o, lse, stats, **sizes)
+        merge_splits(
+            part, part_stats, o, lse, stats,
+            PAIRED=constants["PAIRED"], DV=constants["DV"], BLOCK_DV=constants["BLOCK_DV"],
+        )
     return outputs
 
 

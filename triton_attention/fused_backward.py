@@ -111,7 +111,7 @@ def dscores(p, dp, tanh, record, M_AXIS: tl.constexpr, MASKED: tl.constexpr, OPT
 
 
 @triton.jit
-def _walk_keys(
+def _dq_inner(
     dq, pk, left_over, q, do, record, dlse, k_head, v_head, band, dropout, scale, bounds,
     HAS_DLSE: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):
@@ -209,7 +209,7 @@ def _dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     pk = dq
     for masked in tl.static_range(1 if HAS_MASK or HAS_BIAS else 0, 2):
-        dq, pk, rest = _walk_keys(
+        dq, pk, rest = _dq_inner(
             dq, pk, rest, q, do, Record(top, inverse, delta, None), dlse, k_head, v_head, band, dropout, scale, bounds,
             HAS_DLSE, masked == 1, OPTIONS,
         )
@@ -223,7 +223,7 @@ def _dq_kernel(
 
 
 @triton.jit
-def _walk_queries(
+def _dkdv_inner(
     dk, dv, k, v, q_heads, do_heads, record_ptr, band, dropout, scale, start_n, bounds,
     off_b, first_h, H, GROUP: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):
@@ -319,7 +319,7 @@ def _dkdv_kernel(
 
     bounds = query_range(start_n, M, band, OPTIONS)
     for masked in tl.static_range(1 if HAS_MASK or HAS_BIAS else 0, 2):
-        dk, dv = _walk_queries(
+        dk, dv = _dkdv_inner(
             dk, dv, k, v, q_heads, do_heads, record_ptr, band, dropout, scale, start_n, bounds,
             off_b, off_hk * GROUP, H, GROUP, masked == 1, OPTIONS,
         )

@@ -29,8 +29,8 @@ class Options(NamedTuple):
     SOFTCAP: float  # 0: none
     SCALED: bool  # whether logits are scaled before the maximum is taken of them
     DROPOUT: bool
-    PAIRED: bool  # see fused_common.py
-    EXACT: bool
+    PAIRED: bool  # whether P comes from the maximum and the sum of a row, not from lse
+    EXACT: bool  # whether P and dS are as exact as float32
     PRECISION: str  # of float32 products, see dot_precision in tile_choice.py
     BLOCK_M: int
     BLOCK_N: int
