@@ -19,15 +19,17 @@ from triton_attention.checks import (
     autocast, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape, check_tensors,
 )
 from triton_attention.device import DEVICE, INTERPRETED
+from triton_attention.mean_weights import mean_weights_op
 from triton_attention.operators import asks_gradient, differentiate, must_dispatch, replayable
 from triton_attention.softmax_mean import softmax_mean_op
 from triton_attention.tile_choice import ONE_PASS, TUNED
 from triton_attention_backward import Staged
-from triton_attention_fused import MAX_HEAD_DIM, attention_fused
+from triton_attention_fused import MAX_HEAD_DIM, attention_fused, fused_op
 from triton_attention_scores import dot_products, scores_op
 from triton_attention_softmax import softmax_dropout
 from triton_attention_values import product, values_op
 
+FUSED_BYTES = 2 * MAX_HEAD_DIM  # of a row of q, up to which the fused kernel is fast: wider float32 is in no parts
 KERNELS_RUN_ON = ("cpu", "cuda", "xpu", "meta") if INTERPRETED else ("cuda", "xpu")
 
 
@@ -95,10 +97,15 @@ def _average(out, probs):  # one line, as jit.trace compares the lines of two re
 
 @replayable
 def _infer_with_mean(q, k, v, attn_mask):
-    """_attend_and_average without a gradient: the mean from the registers that hold the rows of P."""
+    """_attend_and_average without a gradient. The mean comes from the fused kernel's lse, and nothing of a head is
+    stored; beside a mask, and in heads that the fused kernel is slow with, from the registers that hold rows of P."""
     if must_dispatch((q, k, v)):  # softmax_mean_op has no derivative and no rule for vmap
         return _average(*attention_staged(q, k, v, attn_mask, enable_gqa=True))
     q, k, v, mask, diagonal, scale, _ = _checked(q, k, v, attn_mask, 0.0, False, None, True)
+    if mask is None and q.shape[3] * q.element_size() <= FUSED_BYTES:
+        sinks, seed, softcap, dropout_p, left = None, None, 0.0, 0.0, None
+        out, lse, stats = fused_op(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, diagonal, *TUNED)
+        return out, mean_weights_op(q, k, lse, stats, scale, diagonal)
     fill, heads, transposed, factor = None, q.shape[1], False, 1.0
     probs, mean = softmax_mean_op(scores_op(q, k, scale, diagonal, fill, *TUNED), mask, diagonal)
     return values_op(probs, v, diagonal, heads, transposed, factor, v.dtype, *TUNED), mean

@@ -34,6 +34,7 @@ from triton_attention import tiles  # noqa: E402
 from triton_attention.dropout import dropout_op  # noqa: E402
 from triton_attention.fused_backward import fused_backward_op
 from triton_attention.fused_bias import fused_bias_gradient_op  # noqa: E402
+from triton_attention.mean_weights import mean_weights_op  # noqa: E402
 from triton_attention.softmax_backward import mask_gradient_op, softmax_backward_op  # noqa: E402
 from triton_attention.softmax_mean import softmax_mean_op  # noqa: E402
 from triton_attention_backward import dscores_op  # noqa: E402
@@ -258,6 +259,15 @@ def fused_launches(dtype, D, quick):
     yield f"fused bias gradient {name}", fused_bias_gradient_op, arguments
 
 
+def mean_weights_launches(dtype, D, quick):
+    """The mean over heads in tiles for little and for much work, and causal."""
+    name, wide = f"{str(dtype).removeprefix('torch.')} D{D}", torch.promote_types(dtype, torch.float32)
+    for kind, M, diagonal in (("", 1024, None), (" causal", 1024, 0), (" few", 128, None))[: 2 if quick else 3]:
+        q, lse = torch.zeros(1, 2, M, D, dtype=dtype), torch.zeros(1, 2, M, dtype=wide)
+        stats = lse.new_zeros(1, 2, M, 0 if dtype.itemsize == 2 else 2)
+        yield f"mean weights {name}{kind}", mean_weights_op, (q, q, lse, stats, 0.1, diagonal)
+
+
 def unaligned(arguments):
     """The same arguments in rows that begin an element past 16 bytes and keep no alignment."""
 
@@ -331,6 +341,7 @@ def launches(architecture, quick=False):
         (torch.float64, 64),
     )[: 4 if quick else 6]:
         yield from fused_launches(dtype, D, quick)
+        yield from mean_weights_launches(dtype, D, quick)
         if D == 64:
             yield from dropout_launches(dtype, D, quick)
     softmax = ((torch.bfloat16, (4096, 32768)), (torch.float32, (16384,)), (torch.float64, (8192,)))

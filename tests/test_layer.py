@@ -12,7 +12,12 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 import triton_attention_layer
-from tests.reference import BF16, DEVICE, F16, F32, F64, GPU, INF, NAN, T, assert_close, double
+from tests.reference import (
+    BF16, DEVICE, F16, F32, F64, GPU, INF, NAN, T, assert_close, double, randn, torch_scores, torch_softmax,
+    torch_visible,
+)
+from triton_attention.mean_weights import mean_weights_op
+from triton_attention_fused import fused_op
 from triton_attention_layer import TritonMultiheadAttention
 
 
@@ -114,6 +119,74 @@ def test_layer_in_half_precision(dtype):
     exact = copy.deepcopy(theirs).double()(x.double(), x.double(), x.double())
     for ours, lower, right in zip(mine(x, x, x), theirs(x, x, x), exact, strict=True):
         assert_close(ours, lower, right)
+
+
+MEANS = [  # B, H, Hk, M, N, D, causal bound, scale, layout of q and k
+    (2, 4, 4, 37, 53, 24, None, None, "bnhd"), (1, 6, 2, 130, 67, 31, None, 0.5, "columns"),
+    (1, 3, 1, 33, 150, 160, None, -0.1, "guarded"), (1, 2, 2, 20, 20, 200, 3, None, "plain"),
+    (2, 4, 2, 140, 300, 16, 0, None, "every other"), (1, 2, 1, 9, 30, 8, -4, 0.0, "expanded"),
+    (1, 3, 3, 130, 20, 64, -200, None, "sliced"), (1, 4, 2, 1, 70, 72, None, None, "plain"),
+    (0, 2, 2, 3, 4, 8, None, None, "plain"), (1, 2, 2, 0, 4, 8, 0, None, "plain"), (1, 2, 1, 3, 0, 8, 0, None, "plain"),
+    (1, 0, 0, 3, 4, 8, None, None, "plain"), (1, 2, 2, 5, 6, 0, None, None, "plain"),
+]
+
+
+@pytest.mark.parametrize("case", MEANS, ids=str)
+@pytest.mark.parametrize("dtype", (F16, BF16, F32, F64), ids=str)
+def test_mean_of_the_weights(dtype, case):
+    """The mean over heads from lse, as that of softmax(S); NaN and inf in a query reach all of its row."""
+    B, H, Hk, M, N, D, diagonal, scale, layout = case
+    scale = max(D, 1) ** -0.5 if scale is None else scale
+    for special in (None, NAN, INF) if min(M, B * H * D * N) > 2 else (None,):
+        q, k = (randn(B, h, n, D, dtype=dtype, layout=layout, grad=False) for h, n in ((H, M), (Hk, N)))
+        if special is not None and layout != "expanded":
+            q[0, -1, 2, 0], q[0, 0, 1, D - 1] = special, -INF
+
+        def exact(q, k):
+            s = torch_scores(q, k, scale)
+            s = s if diagonal is None else s.masked_fill(~torch_visible(M, N, diagonal), -INF)
+            return torch_softmax(s).mean(1)
+
+        lower, right = (exact(*(t.to(d) for t in (q, k))) for d in (dtype, F64))
+        _, lse, stats = fused_op(q, k, k, None, None, None, scale, 0.0, 0.0, None, diagonal, None, None)
+        assert_close(mean_weights_op(q, k, lse, stats, scale, diagonal), lower, right)
+
+
+@pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode))
+def test_layer_averages_weights_without_storing_them(mode, monkeypatch):
+    """In inference and without a mask; where there is one, and in heads too wide, P is stored."""
+    calls = []
+    for name in ("mean_weights_op", "softmax_mean_op"):
+        op = getattr(triton_attention_layer, name)
+        monkeypatch.setattr(
+            triton_attention_layer, name, lambda *args, op=op, name=name: calls.append(name) or op(*args)
+        )
+    padding = torch.zeros(2, 9, dtype=torch.bool, device=DEVICE)
+    padding[1, 5:] = True
+    for dtype, E, H, options, call, new in (
+        (F16, 40, 5, {}, {}, True), (BF16, 96, 4, {"add_bias_kv": True}, {}, True), (F32, 36, 3, {}, {}, True),
+        (F64, 32, 2, {"add_zero_attn": True}, {}, True), (BF16, 512, 2, {}, {}, True),
+        (F32, 32, 4, {}, {"key_padding_mask": padding}, False), (BF16, 600, 2, {}, {}, False),
+        (F32, 272, 2, {}, {}, False),
+    ):
+        mine, theirs = pair(E, H, batch_first=True, dtype=dtype, **options)
+        query, key = (torch.randn(2, n, E, device=DEVICE, dtype=dtype) / E**0.5 for n in (7, 9))
+        with torch.no_grad():
+            exact = copy.deepcopy(theirs).double()(query.double(), key.double(), key.double(), **call)
+        with mode():
+            ours, lower = (layer(query, key, key, **call) for layer in (mine, theirs))
+        for result in zip(ours, lower, exact, strict=True):
+            assert_close(*result)
+        assert calls == ["mean_weights_op" if new else "softmax_mean_op"]
+        calls.clear()
+    mine = TritonMultiheadAttention(32, 4, batch_first=True, num_kv_heads=2, device=DEVICE).eval()
+    query, key = torch.randn(2, 7, 32, device=DEVICE), torch.randn(2, 9, 32, device=DEVICE)
+    query[0, 3] = NAN
+    with mode():
+        out, weights = mine(query, key, key)
+        each = mine(query, key, key, average_attn_weights=False)[1]
+    assert weights[0, 3].isnan().all() and out[0, 3].isnan().all() and weights.isnan().sum() == 9
+    assert torch.allclose(weights, each.mean(1), atol=1e-6, equal_nan=True) and calls == ["mean_weights_op"]
 
 
 def test_layer_state_dict_both_ways_and_copies():

@@ -143,12 +143,12 @@ torch.empty = lambda *args, device=None, **kwargs: empty(*args, **kwargs)
 torch.cuda.get_device_capability = lambda number: gpus[number]
 torch.cuda.get_device_properties = lambda number: types.SimpleNamespace(multi_processor_count=10 * gpus[number][0])
 names = ("_scores", "_values", "_backward", "_fused", ".fused_backward", ".fused_bias", ".merge", ".float32",
-         ".nan_repair")
+         ".nan_repair", ".mean_weights")
 modules = [importlib.import_module(f"triton_attention{name}") for name in names]
 for module in modules:
     module.launch = lambda kernel, programs, *args, device=None, **constants: launched.append(
         (kernel.fn.__name__, programs, {key: str(value) for key, value in constants.items()}))
-scores, values, backward, fused, fused_backward, fused_bias = modules[:6]
+scores, values, backward, fused, fused_backward, fused_bias, *_, mean_weights = modules
 def launches(of, *capabilities):
     global number
     number, gpus[:] = of, capabilities
@@ -167,6 +167,7 @@ def launches(of, *capabilities):
             (fused.fused_op, *few, None, None, None, *scalars, None, None, None, None),
             (fused_backward.fused_backward_op, q, None, q, q, q, s, None, None, q, lse, stats, *scalars, None, 0),
             (fused_bias.fused_bias_gradient_op, q, q, q, q, s, None, record, s.shape, dtype, *scalars, None, None),
+            (mean_weights.mean_weights_op, q, q, lse, stats, 0.1, None),
         ):
             op.__wrapped__(*arguments)
     hopper = operators.hopper_kernels("forward", q.device)
@@ -178,7 +179,8 @@ assert (first[1], second[1]) == (True, False)
 print(*[launched[0] for launched in first[0] if launched not in second[0]])
 """
     run = run_python(code, TRITON_INTERPRET="0")
-    expected = {f"_{name}_kernel" for name in ("scores", "values", "dscores", "fwd", "dq", "dkdv", "dbias")}
+    names = ("scores", "values", "dscores", "fwd", "dq", "dkdv", "dbias", "mean_weights")
+    expected = {f"_{name}_kernel" for name in names}
     assert set(run.stdout.split()) >= expected, run.stdout + run.stderr
 
 
@@ -691,14 +693,15 @@ def test_gpu_threads_streams_and_a_memory_pool(monkeypatch):
 
 
 @GPU
-def test_gpu_averaged_weights_cost_no_second_copy():
+def test_gpu_memory_of_averaged_weights():
+    """Without a mask nothing of a head is stored; with one the scores, while the probabilities are written."""
     layer = TritonMultiheadAttention(256, 4, batch_first=True, device=DEVICE, dtype=BF16).eval()
-    x = torch.randn(4, 2048, 256, device=DEVICE, dtype=BF16)
-    with torch.no_grad():
-        layer(x, x, x)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        layer(x, x, x)
-        peak = torch.cuda.max_memory_allocated() - before
-    probs = 4 * 4 * 2048 * 2048 * 2
-    assert peak < 2.4 * probs  # the scores while the probabilities are written, then the probabilities alone
+    x, probs = torch.randn(4, 2048, 256, device=DEVICE, dtype=BF16), 4 * 4 * 2048 * 2048 * 2
+    for padding, most in ((None, 0.5), (torch.zeros(4, 2048, device=DEVICE, dtype=torch.bool), 2.4)):
+        with torch.no_grad():
+            layer(x, x, x, padding)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            layer(x, x, x, padding)
+            peak = torch.cuda.max_memory_allocated() - before
+        assert peak < most * probs

@@ -36,7 +36,7 @@ from triton_attention.tiles import (
 
 
 @triton.jit
-def _normalizer(lse_ptr, stats_ptr, row, offs_m, M, PAIRED: tl.constexpr):
+def normalizer(lse_ptr, stats_ptr, row, offs_m, M, PAIRED: tl.constexpr):
     """(top, inverse), with which P = e^(logits - top) * inverse; top is finite, also of a query that sees nothing."""
     if PAIRED:
         top, l_i = load_pair(stats_ptr, row + offs_m, offs_m < M, float("-inf"))
@@ -195,7 +195,7 @@ def _dq_kernel(
         q = signed(q, SIGN)
     do = load_rows(do_head, offs_m, offs_e, PRECISION)
     o = load_tile(*o_head, offs_m, offs_e)
-    top, inverse = _normalizer(lse_ptr, stats_ptr, row, offs_m, M, PAIRED)
+    top, inverse = normalizer(lse_ptr, stats_ptr, row, offs_m, M, PAIRED)
     bounds = key_range(start_m, 0, N, band, OPTIONS)
 
     delta = tl.sum(whole(do, PRECISION).to(ACC) * o.to(ACC), 1)
