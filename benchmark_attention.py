@@ -100,11 +100,16 @@ def layer(dtype, batch, S, need_weights, seed, E):
     def last_batch(result):
         return tuple(t[-1:] for t in result) if need_weights else result[-1:]
 
-    matrix = 4 * batch * H * S * S + batch * S * S if need_weights else 0
+    # projections and attention that stores no matrix of a head; their mean: Q and K once more, and their product
+    elements, flops = 10 * batch * S * E + 4 * E * E, batch * S * (8 * E * E + 4 * S * E)
+    own = {}
+    if need_weights:  # torch writes S, reads S, writes P, reads P
+        own["torch"] = dtype.itemsize * (elements + (4 * H + 1) * batch * S * S), flops
+        elements, flops = elements + batch * S * (2 * E + S), flops + 2 * batch * S * S * E
     return harness.Comparison(
         {"triton": lambda: call(ours, x), "torch": lambda: call(theirs, x)},
         lambda t: call(copy.deepcopy(theirs).to(t), x[-1:].to(t))(), last_batch,
-        bytes=dtype.itemsize * (matrix + 10 * batch * S * E + 4 * E * E), flops=batch * S * (8 * E * E + 4 * S * E),
+        bytes=dtype.itemsize * elements, flops=flops, own=own,
     )
 
 

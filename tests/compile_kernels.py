@@ -260,9 +260,9 @@ def fused_launches(dtype, D, quick):
 
 
 def mean_weights_launches(dtype, D, quick):
-    """The mean over heads in tiles for little and for much work, and causal."""
+    """The mean over heads in tiles for much and for little work, causal, and float32 that is not in parts."""
     name, wide = f"{str(dtype).removeprefix('torch.')} D{D}", torch.promote_types(dtype, torch.float32)
-    for kind, M, diagonal in (("", 1024, None), (" causal", 1024, 0), (" few", 128, None))[: 2 if quick else 3]:
+    for kind, M, diagonal in (("", 1024, None), (" causal", 1024, 0), (" few", 8, None))[: 1 if quick else 3]:
         q, lse = torch.zeros(1, 2, M, D, dtype=dtype), torch.zeros(1, 2, M, dtype=wide)
         stats = lse.new_zeros(1, 2, M, 0 if dtype.itemsize == 2 else 2)
         yield f"mean weights {name}{kind}", mean_weights_op, (q, q, lse, stats, 0.1, diagonal)

@@ -89,7 +89,8 @@ def mean_weights_op(
     q, k, _, constants = fused_arguments(q, k, None, scale, 0.0, 0.0, None, diagonal)  # k: no factor in place of V's
     scale = 1.0 if dtype == torch.float64 else scale  # it is in q then
     tile = tile_for("mean weights", dtype, D, diagonal is not None, q.device)
-    if B * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N) < processors(q.device):
+    programs = B * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+    if 2 * M <= tile.BLOCK_M or programs < processors(q.device):  # a walk over the heads takes its time in any tile
         tile = tile_for("mean weights, few", dtype, D, diagonal is not None, q.device)
     block_d = constants["BLOCK_D"] if dtype == torch.float32 else min(tile.BLOCK_D, constants["BLOCK_D"])
     q, k = in_parts(constants["PRECISION"], q, k)

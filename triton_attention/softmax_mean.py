@@ -3,7 +3,8 @@
     for each head    P = softmax of the rows      one program has the same rows of all heads, one after the other:
                      total += P                   the mean costs its own bytes, P is not read again
 
-For inference, and rows of up to ONE_PASS / 2 keys: it has no derivative.
+For inference, and rows of up to ONE_PASS / 2 keys: it has no derivative. Where there is no mask, mean_weights.py does
+without S and P.
 """
 
 import torch
