@@ -99,7 +99,7 @@ def _average(out, probs):  # one line, as jit.trace compares the lines of two re
 def _infer_with_mean(q, k, v, attn_mask):
     """_attend_and_average without a gradient. The mean comes from the fused kernel's lse, and nothing of a head is
     stored; beside a mask, and in heads that the fused kernel is slow with, from the registers that hold rows of P."""
-    if must_dispatch((q, k, v)):  # softmax_mean_op has no derivative and no rule for vmap
+    if must_dispatch((q, k, v)):  # what makes the mean has no derivative and no rule for vmap
         return _average(*attention_staged(q, k, v, attn_mask, enable_gqa=True))
     q, k, v, mask, diagonal, scale, _ = _checked(q, k, v, attn_mask, 0.0, False, None, True)
     if mask is None and q.shape[3] * q.element_size() <= FUSED_BYTES:
