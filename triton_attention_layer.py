@@ -29,7 +29,6 @@ from triton_attention_scores import dot_products, scores_op
 from triton_attention_softmax import softmax_dropout
 from triton_attention_values import product, values_op
 
-FUSED_BYTES = 2 * MAX_HEAD_DIM  # of a row of q, up to which the fused kernel is fast: wider float32 is in no parts
 KERNELS_RUN_ON = ("cpu", "cuda", "xpu", "meta") if INTERPRETED else ("cuda", "xpu")
 
 
@@ -86,9 +85,15 @@ def _checked(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa):
 
 def _attend_and_average(q, k, v, mask, dropout_p):
     """attention_staged with the mean of the weights over the heads, [B, M, N]."""
-    if not torch.is_grad_enabled() and dropout_p == 0.0 and k.shape[2] <= ONE_PASS // 2:
+    fits = k.shape[2] <= ONE_PASS // 2 or _fused_is_fast(q, mask)
+    if not torch.is_grad_enabled() and dropout_p == 0.0 and fits:
         return _infer_with_mean(q, k, v, mask)
     return _average(*attention_staged(q, k, v, mask, dropout_p, enable_gqa=True))
+
+
+def _fused_is_fast(q, mask):
+    """Not beside a mask, and not in wide heads of float32, which do not come in parts."""
+    return mask is None and q.shape[3] * q.element_size() <= 2 * MAX_HEAD_DIM
 
 
 def _average(out, probs):  # one line, as jit.trace compares the lines of two recordings
@@ -98,11 +103,11 @@ def _average(out, probs):  # one line, as jit.trace compares the lines of two re
 @replayable
 def _infer_with_mean(q, k, v, attn_mask):
     """_attend_and_average without a gradient. The mean comes from the fused kernel's lse, and nothing of a head is
-    stored; beside a mask, and in heads that the fused kernel is slow with, from the registers that hold rows of P."""
+    stored; where the fused kernel is slow, from the registers that hold rows of P."""
     if must_dispatch((q, k, v)):  # what makes the mean has no derivative and no rule for vmap
         return _average(*attention_staged(q, k, v, attn_mask, enable_gqa=True))
     q, k, v, mask, diagonal, scale, _ = _checked(q, k, v, attn_mask, 0.0, False, None, True)
-    if mask is None and q.shape[3] * q.element_size() <= FUSED_BYTES:
+    if _fused_is_fast(q, mask):
         sinks, seed, softcap, dropout_p, left = None, None, 0.0, 0.0, None
         out, lse, stats = fused_op(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, diagonal, *TUNED)
         return out, mean_weights_op(q, k, lse, stats, scale, diagonal)

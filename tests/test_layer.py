@@ -611,3 +611,16 @@ def test_layer_by_the_operations_of_torch_in_training_and_compiled(monkeypatch):
     with torch.autocast(DEVICE.type, BF16):
         assert layer(x, x, x)[0].dtype == BF16
     assert layer.to("meta")(*[x.to("meta")] * 3, need_weights=False)[0].is_meta
+
+
+def test_averaged_weights_of_many_keys():
+    """More than rows of P in registers hold: without a mask, and with one."""
+    kinds = (TritonMultiheadAttention, nn.MultiheadAttention)
+    ours, theirs = (kind(16, 2, batch_first=True, device=DEVICE).eval() for kind in kinds)
+    theirs.load_state_dict(ours.state_dict())
+    query, keys = T(1, 3, 16), T(1, 8200, 16)
+    padding = torch.arange(8200, device=DEVICE)[None] > 8100
+    with torch.no_grad():
+        for mask in (None, padding):
+            for a, b in zip(ours(query, keys, keys, mask), theirs(query, keys, keys, mask), strict=True):
+                assert torch.allclose(a, b, atol=1e-6)
