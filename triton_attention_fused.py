@@ -110,12 +110,12 @@ def _fwd_kernel(
     lse_ptr, stats_ptr, seed_ptr, scale, dropout_p, keep_factor, H, GROUP, M, N, left, right, chunk,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, TCGEN05: tl.constexpr, EXACT: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FEW: tl.constexpr,
 ):
     OPTIONS: tl.constexpr = Options(
-        D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, EXACT, PRECISION,
+        D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )
     row_tiles, splits = tl.cdiv(M, BLOCK_M), tl.cdiv(N, chunk)

@@ -85,9 +85,9 @@ def _checked(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa):
 
 def _attend_and_average(q, k, v, mask, dropout_p):
     """attention_staged with the mean of the weights over the heads, [B, M, N]."""
-    fits = k.shape[2] <= ONE_PASS // 2 or _fused_is_fast(q, mask)
-    if not torch.is_grad_enabled() and dropout_p == 0.0 and fits:
-        return _infer_with_mean(q, k, v, mask)
+    if not torch.is_grad_enabled() and dropout_p == 0.0:  # asked first: a program that trains has no bound on its keys
+        if _fused_is_fast(q, mask) or k.shape[2] <= ONE_PASS // 2:
+            return _infer_with_mean(q, k, v, mask)
     return _average(*attention_staged(q, k, v, mask, dropout_p, enable_gqa=True))
 
 

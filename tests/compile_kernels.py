@@ -244,7 +244,9 @@ def fused_launches(dtype, D, quick):
     k, keys, scalars = q[:, ::4].contiguous(), q[:1, :8].repeat(1, 1, 64, 1), (0.1, 0.0, 0.0)
     if not quick or (dtype, D) == (torch.bfloat16, 128):
         yield f"fused {name}, one query", fused_op, (q[:1, :8, :1], keys, keys, *(None,) * 3, *scalars, *(None,) * 4)
-    for mask, right, kind in ((None, 0, "causal"), (bias, None, "bias"))[: 1 if quick else 2]:
+    allowed = torch.ones(1, 1, 256, 256, dtype=torch.bool)
+    kinds = ((None, 0, "causal"), (allowed, None, "mask"), (bias, None, "bias"))
+    for mask, right, kind in kinds[: 3 if not quick else 2 if dtype == torch.bfloat16 else 1]:
         arguments = (q, k, k, mask, None, None, *scalars, None, right, None, None)
         yield f"fused {name} {kind}", fused_op, arguments
         arguments = (q, None, q, k, k, mask, None, None, q, lse, stats, *scalars, None, right)

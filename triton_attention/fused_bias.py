@@ -32,13 +32,13 @@ def _dbias_kernel(
     seed_ptr, scale, dropout_p, keep_factor, B, H, GROUP, M, N, left, right, GH, GM, GN,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    DROPOUT: tl.constexpr, PAIRED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PAIRED: tl.constexpr, TCGEN05: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_M: tl.constexpr, SUM_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """One tile of the bias's gradient [GB, GH, GM, GN]: dS summed over the dimensions where the bias has size 1."""
     OPTIONS: tl.constexpr = Options(
-        D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, EXACT, PRECISION,
+        D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )
     col_tiles = tl.cdiv(GN, BLOCK_N)

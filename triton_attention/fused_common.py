@@ -52,6 +52,7 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
         "D": D, "DV": DV, "SIGN": sign, "LEFT": left is not None, "RIGHT": right is not None, "HAS_MASK": has_mask,
         "HAS_BIAS": has_bias, "SOFTCAP": softcap, "SCALED": scaled,
         "DROPOUT": dropout_p > 0.0, "PAIRED": paired(q, mask), "EXACT": exact(q.dtype),
+        "TCGEN05": not INTERPRETED and q.element_size() == 2 and architecture(q.device) in ("sm_100", "sm_103"),
         "PRECISION": dot_precision(q.dtype, q.device),
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "BLOCK_DV": max(narrowest, triton.next_power_of_2(DV)),

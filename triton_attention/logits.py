@@ -30,6 +30,7 @@ class Options(NamedTuple):
     SCALED: bool  # whether logits are scaled before the maximum is taken of them
     DROPOUT: bool
     PAIRED: bool  # whether P comes from the maximum and the sum of a row, not from lse
+    TCGEN05: bool  # whether products of 16 bits are those of Blackwell, in tiles of 64 rows
     EXACT: bool  # whether P and dS are as exact as float32
     PRECISION: str  # of float32 products, see dot_precision in tile_choice.py
     BLOCK_M: int

@@ -36,7 +36,7 @@ def _mean_weights_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     OPTIONS: tl.constexpr = Options(
-        D, D, 1, False, CAUSAL, False, False, 0.0, EXACT, False, EXACT, EXACT, PRECISION,
+        D, D, 1, False, CAUSAL, False, False, 0.0, EXACT, False, EXACT, False, EXACT, PRECISION,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D,
     )
     col_tiles = tl.cdiv(N, BLOCK_N)

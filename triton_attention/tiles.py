@@ -74,7 +74,10 @@ def hide_loads(x, OPTIONS: tl.constexpr):
     mask, and halves that where bits are joined. Float64 then does not compile, and a product over fewer columns than
     the layout has is wrong (Triton 3.6 to 3.9). A function with side effects, here one that does nothing, ends the
     search. (Inline assembly with side effects would too; for Inductor that is a kernel which writes all its inputs.)
+    Operands of Blackwell's tcgen05 lie in shared memory, and Triton's pipeline for it refuses such a function.
     """
+    if OPTIONS.TCGEN05 and x.shape[0] % 64 == 0:
+        return x
     if OPTIONS.HAS_MASK or OPTIONS.DROPOUT or (OPTIONS.HAS_BIAS and x.dtype == tl.float64):
         if NVIDIA:
             x = _bits_as_float(x.to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True))

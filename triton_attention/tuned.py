@@ -62,6 +62,7 @@ TILES = {
     ("fused dq", "sm_90", 16, 256, None): Tile(32, 64, 256, 8, 1, registers=255),
     ("fused dq, masked", "sm_90", 16, 256, None): Tile(32, 16, 256, 8, 1, registers=255),
     ("fused dq", "sm_90, triton 3.8", 16, 256, None): Tile(32, 32, 256, 8, 1, registers=255),
+    ("fused, masked", "sm_100", 16, 64, None): Tile(64, 32, 64, 8, 2, registers=255),
     ("fused dq, masked", "sm_100", 16, 256, None): Tile(16, 32, 256, 8, 1, registers=255),
     ("fused dq, masked", "sm_120", 16, 256, None): Tile(16, 32, 256, 8, 1, registers=255),
     ("fused dkdv", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 3, registers=255),  # 1.06
