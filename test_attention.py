@@ -327,6 +327,17 @@ def test_the_future_does_not_leak(ours):
         assert all((a - b)[:, :, :20].abs().max() < 1e-6 for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("ours", (staged, fused), ids=("staged", "fused"))
+def test_a_mask_of_the_future_is_not_read(ours):
+    q, k, v = (randn(1, 2, n, 16, grad=False) for n in (30, 40, 40))
+    bias = randn(30, 40, grad=False)
+    expected = ours(q, k, v, bias, is_causal=True)
+    for value in (NAN, INF, -INF):
+        future = torch.ones_like(bias).triu(1).bool()
+        for a, b in zip(ours(q, k, v, bias.masked_fill(future, value), is_causal=True), expected, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("dropout_p", (0.0, 0.5))
 @pytest.mark.parametrize("dtype", (F16, F32), ids=str)
 @pytest.mark.parametrize("M,N", [(21, 21), (21, 150), (150, 21)])

@@ -190,7 +190,7 @@ def keep_mask(dropout, rows, start_n, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def load_scores(ptr, strides, shape, offs_m, offs_n, diagonal, other, CAUSAL: tl.constexpr):
-    """Tile of S, P or dP, `other` where it lies outside or no query may see it."""
+    """Tile of S, P, dP or a mask, `other` where it lies outside or no query may see it."""
     if not CAUSAL:
         return load_tile(ptr, strides, shape, offs_m, offs_n, other)
     tile = load_visible(ptr, strides, shape, offs_m, offs_n, diagonal, other)
@@ -205,9 +205,9 @@ def load_logits(
     """Tile of S + mask, of two matrices; where the mask forbids a key it is -inf, whatever S holds there."""
     s = load_scores(*scores, offs_m, offs_n, diagonal, float("-inf"), CAUSAL).to(ACC)
     if HAS_MASK:
-        allowed = load_tile(*mask, offs_m, offs_n, False)
+        allowed = load_scores(*mask, offs_m, offs_n, diagonal, False, CAUSAL)
         s = tl.where(allowed.to(tl.int1), s, float("-inf"))  # for Inductor a bool tensor is one of bytes
     if HAS_BIAS:
-        bias = load_tile(*mask, offs_m, offs_n, float("-inf")).to(ACC)
+        bias = load_scores(*mask, offs_m, offs_n, diagonal, float("-inf"), CAUSAL).to(ACC)
         s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
     return s
