@@ -152,8 +152,8 @@ def refuses(q, k, scale, diagonal, fill, block_m, block_n):
         return "the tile is the caller's"
     if q.element_size() != 2:
         return "not 16 bits"
-    if not 0 < D <= 256:
-        return "a head dim above 256"
+    if diagonal is not None or not 0 < D <= 128:  # run() takes both; whether it pays is not measured
+        return "causal scores, or a head dim above 128"
     if B * H * M * N < MIN_WORK:
         return "too few scores to be worth the descriptors"
     if N % 8 or not (addressable(q) and addressable(k)):
