@@ -141,6 +141,8 @@ def possible(c):
     if c.cotangents[0] == "one number" and c.N == 1:
         # every weight is 1: dV adds up one number, which rounds in one direction as often as it is added
         c.cotangents = ("plain", None)
+    if 0.0 < c.softcap < 1.0 and c.values == "large":
+        c.values = "normal"  # O hangs on the few scores near 0 too, whose error is that of the large ones they sum up
     if c.softcap == 1e-3:  # the gradient hangs on the few scores near 0, whose rounding counts a thousandfold
         c.wants = [name for name in c.wants if name not in ("q", "k")]
     if c.kind == "merge":  # its weights are as exact as lse, whose rounding grows with the scores
