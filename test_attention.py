@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
+import triton_attention_softmax
 from tests.reference import (
     ATTENTION, BF16, DEVICE, F16, F32, F64, HERE, INF, LAYOUTS, NAN, SHAPES, T, assert_close, compare, double, fused,
     randn, staged, torch_fused, torch_scores, torch_softmax, torch_staged, torch_values, torch_visible,
 )
+from triton_attention import softmax_backward
 from triton_attention.device import describe_device
 from triton_attention_fused import MAX_HEAD_DIM, attention_fused, merge_attention
 from triton_attention_layer import attention_staged
@@ -340,13 +342,16 @@ def test_a_mask_of_the_future_is_not_read(ours):
 
 @pytest.mark.parametrize("dropout_p", (0.0, 0.5))
 @pytest.mark.parametrize("dtype", (F16, F32), ids=str)
-@pytest.mark.parametrize("M,N", [(21, 21), (21, 150), (150, 21)])
-def test_staged_attention_without_weights(M, N, dtype, dropout_p):
+@pytest.mark.parametrize("M,N", [(9, 9), (9, 150), (20, 9)])
+def test_staged_attention_without_weights(M, N, dtype, dropout_p, monkeypatch):
     """The zeros above the diagonal are not written (memory holds NaN here): results and gradients are the same bits."""
+    for module in (triton_attention_softmax, softmax_backward):  # a row a program, as on a GPU
+        row_tile = module.row_tile
+        monkeypatch.setattr(module, "row_tile", lambda *args, row_tile=row_tile: {**row_tile(*args), "BLOCK_M": 1})
     inputs = [randn(2, h, n, d, dtype=dtype) for h, n, d in ((2, M, 16), (1, N, 16), (1, N, 24))]
     padding = torch.arange(N, device=DEVICE) < torch.tensor([[[[N - 5]]], [[[N // 2]]]], device=DEVICE)
     bias = randn(1, 2, M, N, dtype=dtype)
-    for mask, create_graph in ((None, False), (padding, False), (bias, False), (bias, True)):
+    for mask, create_graph in ((padding, False), (bias, True)):
         results = []
         for need_weights in (True, False):
             torch.manual_seed(0)

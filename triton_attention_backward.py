@@ -110,7 +110,7 @@ class Staged(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, mask, ctx.diagonal, ctx.scale, _, ctx.filled = inputs
+        q, k, v, mask, ctx.diagonal, ctx.scale, *_ = inputs
         ctx.mask_shape, ctx.mask_dtype = (None, None) if mask is None else (list(mask.shape), mask.dtype)
         ctx.save_for_backward(q, k, v, *output)
         ctx.set_materialize_grads(False)
@@ -120,8 +120,6 @@ class Staged(Function):
     @staticmethod
     def backward(ctx, do, dprobs):
         (q, k, v, out, probs), diagonal = ctx.saved_tensors, ctx.diagonal
-        if torch.is_grad_enabled() and diagonal is not None and not ctx.filled:
-            probs = probs.tril(diagonal)  # for operations of torch
         needs_q, needs_k, needs_v, needs_mask = ctx.needs_input_grad[:4]
         dq = dk = dv = dmask = None
         if do is not None:

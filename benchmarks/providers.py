@@ -99,7 +99,7 @@ def last_rows(result):
 def visible_rows(result, fill=0.0):
     """last_rows with the future filled, where a kernel has not written it."""
     rows = last_rows(result)
-    future = (rows != rows).new_ones(rows.shape[2:]).triu(1 + result.shape[2] - rows.shape[2])
+    future = rows.isnan().new_ones(rows.shape[2:]).triu(1 + result.shape[2] - rows.shape[2])
     return rows.masked_fill(future, fill)
 
 

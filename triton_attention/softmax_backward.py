@@ -132,6 +132,8 @@ class SoftmaxBackward(Function):
     def backward(ctx, g):
         probs, dp = ctx.saved_tensors
         g_probs, g_dp = None, None
+        if ctx.diagonal is not None:  # for operations of torch: what was not written may be NaN
+            probs, dp, g = (t.tril(ctx.diagonal) for t in (probs, dp, g))
         if ctx.needs_input_grad[0]:
             wide = torch.promote_types(probs.dtype, torch.float32)
             p, g_wide = probs.to(wide), g.to(wide).masked_fill(probs == 0, 0.0)

@@ -73,8 +73,8 @@ def _warpgroup(
     for i in gl.static_range(STAGES - 1):
         _load_q(q_desc, bufs, WARPGROUP * STAGES + i, work, work.future + WARPGROUP + 2 * i, BLOCK_M)
     if FILLED:
-        tile = gl.full([BLOCK_M, BLOCK_N], fill, gl.float32, layout)
-        s_buf.reshape([BLOCK_M, BLOCK_N]).store(tile.to(s_desc.dtype))
+        hidden = gl.full([BLOCK_M, BLOCK_N], fill, gl.float32, layout)
+        s_buf.reshape([BLOCK_M, BLOCK_N]).store(hidden.to(s_desc.dtype))
         fence_async_shared()
         for tile in range(WARPGROUP, work.future, 2):
             store_async(s_desc, [work.off_b, work.off_h, work.first_m + tile * BLOCK_M, work.start_n], s_buf)
