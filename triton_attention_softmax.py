@@ -28,6 +28,18 @@ from triton_attention.tiles import (
 
 
 @triton.jit
+def _whole_rows(
+    S, MASK, P, offs_m, diagonal,
+    ACC: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """Rows of which no key from BLOCK_N on is visible."""
+    offs_n = tl.arange(0, BLOCK_N)
+    s = load_logits(S, MASK, offs_m, offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS)
+    p = exp(s - finite(tl.max(s, 1))[:, None])
+    store_tile(*P, offs_m, offs_n, p * inverse_sum(tl.sum(p, 1))[:, None])
+
+
+@triton.jit
 def _softmax_kernel(
     s_ptr, stride_sb, stride_sh, stride_sm, stride_sn,
     mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
@@ -37,7 +49,10 @@ def _softmax_kernel(
     WHOLE_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     pid = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: the end of S is what L2 still holds
-    tile, off_b, off_h = split_program(pid, tl.cdiv(M, BLOCK_M), H)
+    tiles = tl.cdiv(M, BLOCK_M)
+    tile, off_b, off_h = split_program(pid, tiles, H)
+    if not FILLED:  # a short row beside a long one, so that as many bytes are on their way at any time
+        tile = tl.where(tile % 2 == 0, tile // 2, tiles - 1 - tile // 2)
     start_m, end_n = tile * BLOCK_M, N
     if CAUSAL:  # what no query of the tile sees is not read, and zero, or not written
         end_n = visible_end(start_m, N, diagonal, BLOCK_M)
@@ -51,9 +66,12 @@ def _softmax_kernel(
 
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     if WHOLE_ROW:
-        s = load_logits(S, MASK, offs_m, offs_n, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS)
-        p = exp(s - finite(tl.max(s, 1))[:, None])
-        store_tile(*P, offs_m, offs_n, p * inverse_sum(tl.sum(p, 1))[:, None])
+        if not FILLED and BLOCK_N >= 64 and last_n <= BLOCK_N // 4:
+            _whole_rows(S, MASK, P, offs_m, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS, BLOCK_N // 4)
+        elif not FILLED and BLOCK_N >= 64 and last_n <= BLOCK_N // 2:
+            _whole_rows(S, MASK, P, offs_m, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS, BLOCK_N // 2)
+        else:
+            _whole_rows(S, MASK, P, offs_m, diagonal, ACC, CAUSAL, HAS_MASK, HAS_BIAS, BLOCK_N)
     else:
         m_i = tl.full([BLOCK_M], float("-inf"), ACC)
         l_i = tl.zeros([BLOCK_M], ACC)

@@ -98,7 +98,7 @@ def _values_shape(p, v, diagonal, heads, transposed, scale, dtype, block_m, bloc
     return empty_heads(v, p.shape[0], heads, p.shape[3 if transposed else 2], v.shape[3], dtype=dtype)
 
 
-@define_op("values", fake=_values_shape)
+@define_op("values", fake=_values_shape, hopper="values")
 def values_op(
     p: torch.Tensor, v: torch.Tensor, diagonal: int | None, heads: int, transposed: bool, scale: float,
     dtype: torch.dtype, block_m: int | None, block_n: int | None,

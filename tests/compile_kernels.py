@@ -301,15 +301,25 @@ def launches(architecture, quick=False):
     """Every launcher with the arguments that choose another build: (label, launcher, arguments). float16 is built as
     bfloat16 is; only for sm_90 do causal and full attention have tiles of their own."""
     if architecture == "sm_90":
-        from triton_attention.hopper import backward, forward, scores
+        from triton_attention.hopper import backward, forward, scores, values
 
-        for kernels in (forward, backward, scores):
+        values.processors = lambda device: 132
+        for kernels in (forward, backward, scores, values):
             kernels.MIN_WORK = math.inf  # what is launched below by the names of all GPUs is the plain kernels
         none, scalars = (None,) * 3, (0.125, 0.0, 0.0)
         for D in (64, 128, 256)[: 3 if forward.MAX_HEAD_DIM == 256 else 2]:
             q = torch.zeros(1, 2, 256, D, dtype=torch.bfloat16)
             for kind, diagonal, fill in (("", None, None), (" causal", 0, 0.0), (" causal, unfilled", 0, None)):
                 yield f"scores on Hopper bfloat16 D{D}{kind}", scores.run, (q, q, 0.125, diagonal, fill, None, None)
+            if D <= 128:
+                p = torch.zeros(1, 2, 256, 256, dtype=torch.bfloat16)
+                yield f"values on Hopper bfloat16 D{D}", values.run, (p, q, None, 2, False, 1.0, p.dtype, None, None)
+                q32, p32 = q.float(), p.float()
+                for kind, diagonal, fill in (("", None, None), (" causal", 0, 0.0)):
+                    label = f"scores on Hopper float32 D{D}{kind}"
+                    yield label, scores.run, (q32, q32, 0.125, diagonal, fill, None, None)
+                label = f"values on Hopper float32 D{D}"
+                yield label, values.run, (p32, q32, None, 2, False, 1.0, p32.dtype, None, None)
             kinds = (("full", None, None), ("causal", None, 0), ("window", -64, 0))[: 2 if quick else 3]
             for kind, left, right in (*kinds, *(() if quick else (("causal, unaligned", None, 10),))):
                 arguments = (q, q, q, *none, *scalars, left, right, None, None)

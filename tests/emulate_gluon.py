@@ -90,7 +90,7 @@ class Descriptor:
 
     def __init__(self, tensor, rows, columns):
         self.tensor, self.block, self.dtype, self.layout = tensor, (rows, columns), tensor.dtype, None
-        self.block_type = SimpleNamespace(nbytes=rows * columns * tensor.element_size())
+        self.block_type = SimpleNamespace(nbytes=rows * columns * tensor.element_size(), shape=(1, 1, rows, columns))
 
     def part(self, at):
         *head, row, column = at
@@ -129,6 +129,7 @@ class Product:
         if not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(shared, self.issued, strict=True)):
             raise AssertionError("an operand of a wgmma in flight changed")
         a, b, acc = (x.data if isinstance(x, Shared) else x for x in self.operands)
+        acc = acc.value() if isinstance(acc, Product) else acc
         return acc + a.float() @ b.float()
 
 
@@ -144,9 +145,10 @@ changed = threading.Condition()  # of what is in memory
 
 
 def store_wait(pending):
-    """Stores have left shared memory; they reach memory later."""
-    current.writing += tuple((desc, at, buf.data.clone(), adds) for desc, at, buf, adds in current.reading)
-    current.reading = ()
+    """All stores but the last `pending` have left shared memory; they reach memory later."""
+    left = current.reading[: len(current.reading) - pending]
+    current.writing += tuple((desc, at, buf.data.clone(), adds) for desc, at, buf, adds in left)
+    current.reading = current.reading[len(left) :]
 
 
 def store_async(desc, at, buf):
@@ -303,7 +305,7 @@ nothing = lambda *args, **kwargs: None  # noqa: E731  layouts
 LANGUAGE = SimpleNamespace(
     constexpr=lambda x: x, tensor=torch.Tensor, shared_memory_descriptor=Shared,
     static_assert=nothing, to_tensor=lambda x: x, static_range=range,
-    float16=torch.float16, float32=torch.float32,
+    float16=torch.float16, bfloat16=torch.bfloat16, float32=torch.float32,
     int8=torch.int8, int32=torch.int32, uint32=torch.int64, int64=torch.int64,
     program_id=lambda axis: current.number, num_programs=lambda axis: current.size,
     cdiv=lambda a, b: -(-a // b), minimum=either(torch.fmin, min), maximum=either(torch.fmax, max), where=where,

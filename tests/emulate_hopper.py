@@ -23,7 +23,7 @@ from triton_attention.hopper import backward as kernels, forward as forward_kern
 from triton_attention.logits import LOG2E  # noqa: E402
 
 HOPPER = Path(forward_kernels.__file__).parent
-FORWARD, BACKWARD, SCORES = (HOPPER / f"{name}.py" for name in ("forward", "backward", "scores"))
+FORWARD, BACKWARD, SCORES, VALUES = (HOPPER / f"{name}.py" for name in ("forward", "backward", "scores", "values"))
 SHARED = [HOPPER / f"{name}.py" for name in ("mask", "nan_repair", "softmax")]
 
 
@@ -80,19 +80,28 @@ def backward(
     return o, lse, dq, dk, dv
 
 
-def scores(q, k, scale, right=None, fill=None, block_n=128, stages=2, span=2, source=None):
+def scores(q, k, scale, right=None, fill=None, block_n=128, stages=2, span=2, parts=1, source=None):
     """S of the kernel; q [B, H, M, D], k [B, Hk, N, D], D up to 64; what is not written is NaN."""
     kernel = load(source or SCORES.read_text())
     (B, H, M), (Hk, N) = q.shape[:3], k.shape[1:3]
+    if parts == 3:
+        q, k = split(q), split(k)
     s = torch.full((B, H, M, N), torch.nan)
     arguments = (
         Descriptor(q, 64, 64), Descriptor(k, block_n, 64), Descriptor(s, 64, block_n), scale, H, H // Hk, M, N,
         right or 0, right is not None, right is not None and fill is not None, bool(fill), 64, block_n, 64, span,
-        stages, 0,
+        stages, parts, 0,
     )
     programs = B * H * -(-N // block_n) * -(-M // (64 * span))
     run_threads([(number, kernel._scores_hopper_kernel, arguments) for number in range(programs)])
     return s
+
+
+def split(x):
+    """The three parts of float32 side by side, each in 64 columns."""
+    high = x.bfloat16().float()
+    middle = (x - high).bfloat16().float()
+    return torch.cat([torch.nn.functional.pad(part, (0, 64 - x.shape[3])) for part in (high, middle, x - high - middle)], 3)
 
 
 def check_scores(source=None, keys=420, right=None, fill=None, **options):
@@ -104,7 +113,32 @@ def check_scores(source=None, keys=420, right=None, fill=None, **options):
         m, n = torch.arange(300)[:, None], torch.arange(keys)
         future = n > m + right if fill is not None else n // 128 * 128 > m // 64 * 64 + 63 + right  # whole tiles
         expected = expected.masked_fill(future, torch.nan if fill is None else fill)
-    return torch.allclose(found, expected, atol=1e-4, equal_nan=True)
+    return torch.allclose(found, expected, atol=1e-5 if options.get("parts") else 1e-4, equal_nan=True)
+
+
+def values(p, v, scale, block_m=128, stages=2, programs=2, parts=1, source=None):
+    """(O, whether it has a NaN for each half of a tile) of the kernel; p [B, H, M, N], v [B, Hk, N, D], D up to 64."""
+    kernel = load(source or VALUES.read_text())
+    (B, H, M, N), Hk, rows = p.shape, v.shape[1], block_m // 2
+    o, has_nan = torch.full((B, H, M, v.shape[3]), torch.nan), torch.full((B * H * -(-M // rows),), 9, dtype=torch.int8)
+    arguments = (
+        Descriptor(p, rows, 64), Descriptor(split(v) if parts == 3 else v, 64, 64), Descriptor(o, rows, 64),
+        Pointer(has_nan), scale, H, H // Hk, M, N, B * H * -(-M // block_m), rows, 64, 64, stages, parts, 0, 0,
+    )
+    current.size, current.first = programs, 128
+    run_threads([(number, kernel._values_hopper_kernel, arguments) for number in range(programs)])
+    return o, has_nan
+
+
+def check_values(source=None, keys=420, **options):
+    """As check: whether the values are right, and where they are NaN is known."""
+    torch.manual_seed(0)
+    p, v = torch.randn(1, 2, 300, keys), torch.randn(1, 1, keys, 40)
+    p[0, 1, 70, 3] = torch.nan
+    o, has_nan = values(p, v, -0.2, source=source, **options)
+    nans = [tile.isnan().any() for head in o[0] for tile in head.split(options.get("block_m", 128) // 2)]
+    near = torch.allclose(o, -0.2 * p @ v, atol=1e-5 if options.get("parts") else 1e-4, equal_nan=True)
+    return near and has_nan.tolist() == nans
 
 
 def exact(q, k, v, scale, left=None, right=None):
@@ -114,9 +148,9 @@ def exact(q, k, v, scale, left=None, right=None):
     return torch_fused(q, k, v, sees, scale=scale)
 
 
-def check(source=None, only_scores=False, **case):
+def check(source=None, only=None, **case):
     """Whether an emulated kernel is right on a case; raises what it raises."""
-    return (check_scores if only_scores else check_attention)(source, **case)
+    return {"scores": check_scores, "values": check_values, None: check_attention}[only](source, **case)
 
 
 def check_attention(source=None, back=False, keys=420, hidden=None, infinite=False, **options):
@@ -162,12 +196,14 @@ CASES = [
     {"back": True, "left": 90, "right": 20, "block_m": 64, "stages": 3, "programs": 8},
     {"back": True, "right": 0, "hidden": 2e38}, {"back": True, "left": 30, "right": 80, "block_m": 64, "hidden": -2e38},
     {"back": True, "right": -70, "hidden": torch.inf}, {"back": True, "left": 200, "hidden": torch.nan},
-    {"only_scores": True}, {"only_scores": True, "right": 0}, {"only_scores": True, "right": 0, "fill": -torch.inf},
-    {"only_scores": True, "right": 70, "fill": 0.0, "span": 3}, {"only_scores": True, "right": -150, "stages": 3},
-    {"only_scores": True, "right": -150, "fill": -torch.inf, "span": 5}, {"only_scores": True, "right": 420},
-    {"only_scores": True, "right": 64, "fill": 0.0, "span": 5, "stages": 1},
+    {"only": "scores"}, {"only": "scores", "right": 0}, {"only": "scores", "right": 0, "fill": -torch.inf},
+    {"only": "scores", "right": 70, "fill": 0.0, "span": 3}, {"only": "scores", "right": -150, "stages": 3},
+    {"only": "scores", "right": -150, "fill": -torch.inf, "span": 5}, {"only": "scores", "right": 420},
+    {"only": "scores", "right": 64, "fill": 0.0, "span": 5, "stages": 1},
+    {"only": "values"}, {"only": "values", "block_m": 256, "programs": 1, "stages": 3}, {"only": "values", "parts": 3},
+    {"only": "scores", "parts": 3, "stages": 1}, {"only": "scores", "parts": 3, "right": 0, "fill": -torch.inf},
 ]
-_SCORES = {"only_scores": True, "span": 5}
+_SCORES, _VALUES = {"only": "scores", "span": 5}, {"only": "values"}
 _BACK = {"back": True, "block_m": 64, "right": 300}
 _BANDED, _FULL = {"left": -60, "right": 10, "block_m": 192}, {"programs": 1}
 _SHORT = {"right": -200, "stages": 3, "programs": 1}  # a tile of keys for each of queries
@@ -216,6 +252,11 @@ BUGS = {  # name: (mark of a line in the kernel, what is done to it (see plant),
     "keys of the scores not waited for": ("wait-k", DROP, {**_SCORES, "span": 1}),
     "the phase of every second Q of the scores": ("wait-q", (r" // STAGES", ""), _SCORES),
     "scores overwritten while they are stored": ("wait-s", DROP, {**_SCORES, "right": 0, "fill": 0.0, "span": 5}),
+    "a part of the queries twice": ("parts", (r"low, ", "middle, "), {**_SCORES, "parts": 3}),
+    "P and V not waited for": ("wait-full", DROP, _VALUES),
+    "P and V overwritten": ("acquire", DROP, _VALUES),
+    "O of values overwritten while it is stored": ("wait-o", DROP, _VALUES),
+    "a part of the weights twice": ("parts", (r"low, ", "middle, "), {**_VALUES, "parts": 3}),
     "scores of the future left as they are": ("future", (r"<=", "<"), {**_SCORES, "right": 0, "fill": 0.0}),
 }
 
@@ -238,7 +279,7 @@ def plant(source, mark, change):
 
 
 def source_of(case):
-    return SCORES if case.get("only_scores") else BACKWARD if case.get("back") else FORWARD
+    return {"scores": SCORES, "values": VALUES, None: BACKWARD if case.get("back") else FORWARD}[case.get("only")]
 
 
 def notices(bug):

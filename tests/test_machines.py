@@ -15,8 +15,8 @@ import torch
 
 from tests import emulate_hopper
 from tests.reference import (
-    BF16, DEVICE, F16, GPU, HERE, INF, INTERPRETED, NAN, T, assert_close, compare, fused, randn, run_python,
-    torch_fused, torch_scores, torch_staged,
+    BF16, DEVICE, F16, F32, GPU, HERE, INF, INTERPRETED, NAN, T, assert_close, compare, fused, randn, run_python,
+    torch_fused, torch_scores, torch_staged, torch_values,
 )
 from triton_attention import device, replay
 from triton_attention.hopper import forward
@@ -376,11 +376,11 @@ def test_gpu_many_heads_and_large_tensors():
 
 
 @pytest.mark.skipif(hopper_kernels("scores", DEVICE) is None, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
+@pytest.mark.parametrize("dtype", (F16, BF16, F32), ids=str)
 def test_gpu_scores_hopper(dtype):
     kernels = hopper_kernels("scores", DEVICE)
     shapes = [(1, 1, 1, 1, 8, 8), (2, 4, 2, 300, 328, 64), (1, 6, 2, 65, 1000, 40), (1, 2, 2, 1100, 520, 128)]
-    shapes += [(1, 2, 1, 1500, 520, 200)]
+    shapes += [(1, 2, 1, 1500, 520, 200)] if dtype != F32 else [(1, 2, 1, 700, 132, 17)]
     for B, H, Hk, M, N, D in shapes:
         q = torch.randn(B, M, H, D, device=DEVICE, dtype=dtype).transpose(1, 2)
         k = torch.randn(B, Hk, N + 1, D + 8, device=DEVICE, dtype=dtype)[:, :, 1:, :D]
@@ -393,11 +393,49 @@ def test_gpu_scores_hopper(dtype):
             assert fill is None or (s.masked_select(~sees) == fill).all()
     q, k = (torch.randn(4, 16, 2048, 64, device=DEVICE, dtype=dtype) for _ in range(2))
     assert kernels.refuses(q, k, 1.0, *(None,) * 4) is None
-    for pair in ((q, k[:, :, :-1]), (q[..., 1:], k[..., 1:]), (q.mT, k.mT)):
+    refused = [(q, k[:, :, :-1])] + ([(q[..., 1:], k[..., 1:]), (q.mT, k.mT)] if dtype != F32 else [])
+    for pair in refused:
         assert isinstance(kernels.refuses(*pair, 1.0, *(None,) * 4), str)
     for _ in range(4):  # the third is a replay
         q = torch.randn_like(q)
-        assert torch.equal(attention_scores(q, k), attention_scores(q, k, block_m=128))
+        s, plain = attention_scores(q, k), attention_scores(q, k, block_m=128)
+        assert torch.equal(s, plain) if dtype != F32 else torch.allclose(s, plain, rtol=1e-6, atol=1e-6)
+    if dtype == F32:  # as infinity times infinity, and times zero, in PyTorch
+        q[0, 0, 5, 3], k[0, 0, 7] = INF, 0.0
+        s = attention_scores(q, k)
+        assert s[0, 0, 5, 7].isnan() and (s[0, 0, 5, :7].abs() == INF).all() and s[0, 0, 6].isfinite().all()
+
+
+@pytest.mark.skipif(hopper_kernels("values", DEVICE) is None, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", (F16, BF16, F32), ids=str)
+def test_gpu_values_hopper(dtype):
+    kernels = hopper_kernels("values", DEVICE)
+
+    def run(p, v, scale=1.0):
+        return kernels.run(p, v, None, p.shape[1], False, scale, v.dtype, None, None)
+
+    shapes = [(1, 1, 1, 1, 8, 8), (2, 4, 2, 300, 328, 64), (1, 6, 2, 65, 1000, 40), (2, 20, 4, 1100, 512, 128)]
+    for B, H, Hk, M, N, D in shapes:
+        p = torch.randn(B, H, M, N + 8, device=DEVICE).softmax(-1).to(dtype)[..., :N]
+        v = torch.randn(B, N, Hk, D + 8, device=DEVICE, dtype=dtype)[..., :D].transpose(1, 2)
+        compare(run, torch_values, p, v)
+        compare(lambda p, v: run(p, v, -0.5), lambda p, v: torch_values(-0.5 * p, v), p, v)
+        p[-1, -1, -1, 3:] = 0.0  # 0 * NaN is 0, anything else with a NaN is NaN
+        expected = run(p, v)
+        v = v.clone()
+        v[-1, -1, 5:] = NAN
+        out = run(p, v)
+        assert torch.allclose(out[-1, -1, -1], expected[-1, -1, -1], rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+        assert out[-1, -1, :-1].isnan().all() and (H == 1 or not out[0, 0].isnan().any())
+    p, v = torch.rand(4, 16, 2048, 2048, device=DEVICE).to(dtype), torch.randn(4, 16, 2048, 64, device=DEVICE, dtype=dtype)
+    constants = 16, False, 1.0, dtype, None, None
+    assert kernels.refuses(p, v, None, *constants) is None
+    for pair in ((p.mT, v), (p[..., 1:], v[:, :, 1:]), (p[:1, :1], v[:1, :1])):
+        assert isinstance(kernels.refuses(*pair, None, *constants), str)
+    for _ in range(4):  # the third is a replay
+        v = torch.randn_like(v)
+        out, plain = attention_values(p, v), attention_values(p, v, block_m=128)
+        assert torch.allclose(out, plain, rtol=1e-2 if dtype != F32 else 1e-5, atol=1e-2 if dtype != F32 else 1e-4)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernel itself")
@@ -414,7 +452,7 @@ def test_hopper_protocol_bugs_are_noticed(bug):
 
 def test_hopper_marks():
     """The lines that the kernels mark are those in which bugs are planted."""
-    for path in (emulate_hopper.FORWARD, emulate_hopper.BACKWARD, emulate_hopper.SCORES):
+    for path in (emulate_hopper.FORWARD, emulate_hopper.BACKWARD, emulate_hopper.SCORES, emulate_hopper.VALUES):
         planted = {mark for mark, _, case in emulate_hopper.BUGS.values() if emulate_hopper.source_of(case) == path}
         assert sorted(re.findall(r"# mutate: (\S+)$", path.read_text(), re.MULTILINE)) == sorted(planted)
 

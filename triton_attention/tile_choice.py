@@ -90,10 +90,11 @@ def dot_precision(dtype, device):
 
 
 def row_tile(scores, causal, block_m=None, block_n=None):
-    """BLOCK_M rows x BLOCK_N keys, and the warps that hold them: 1024 elements each, 512 where all are visible."""
+    """BLOCK_M rows x BLOCK_N keys, and the warps that hold them: 1024 elements each, 512 where all are visible. Half of
+    a causal tile is not read, so it has twice as many."""
     N, wide = scores.shape[3], scores.element_size() // 8  # 1 for float64
     whole_row = N <= (block_n or ONE_PASS >> wide)
     block_n = int(triton.next_power_of_2(N)) if whole_row else block_n or 4096 >> wide  # int: also of a SymInt
-    block_m = block_m or max(1, (1 << 16 if INTERPRETED else 1 << 11) // block_n)
+    block_m = block_m or max(1, (1 << 16 if INTERPRETED else 1 << 12 if causal else 1 << 11) // block_n)
     num_warps = min(max(block_m * block_n // (1024 if causal else 512), 4), 16)
     return {"WHOLE_ROW": whole_row, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps}

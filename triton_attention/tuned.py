@@ -26,18 +26,28 @@ class Tile(NamedTuple):
 TILES = {
     ("scores", "sm_90", 16, 64, None): Tile(128, 128, 64, 8, 3, SPAN=16),  # 0.60
     ("scores", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, SPAN=16),  # 0.87
-    ("scores hopper", "sm_90", 16, 64, None): Tile(64, 128, 64, 4, 2, SPAN=8, registers=128),  # 0.54
-    ("scores hopper", "sm_90", 16, 128, None): Tile(64, 256, 128, 4, 2, SPAN=16, registers=240),  # 0.61
+    ("scores hopper", "sm_90", 16, 64, None): Tile(64, 128, 64, 4, 2, SPAN=8, registers=128),  # 0.58
+    ("scores hopper, filled", "sm_90", 16, 64, True): Tile(64, 128, 64, 4, 2, SPAN=4, registers=128),  # 0.59
+    ("scores hopper", "sm_90", 16, 128, None): Tile(64, 256, 128, 4, 2, SPAN=16, registers=240),  # 0.65
+    ("scores hopper, filled", "sm_90", 16, 128, True): Tile(64, 128, 128, 4, 2, SPAN=16, registers=240),  # 0.61
     ("scores hopper", "sm_90", 16, 256, None): Tile(64, 128, 256, 4, 2, SPAN=16, registers=240),
+    ("scores hopper", "sm_90", 32, 64, None): Tile(64, 64, 64, 4, 1, SPAN=32, registers=128),  # 1.69
+    ("scores hopper, filled", "sm_90", 32, 64, True): Tile(64, 128, 64, 4, 1, SPAN=16, registers=240),  # 1.35
+    ("scores hopper", "sm_90", 32, 128, None): Tile(64, 64, 128, 4, 1, SPAN=32, registers=240),  # 2.82
     ("scores", "sm_90", 16, 256, None): Tile(64, 64, 128, 4, 2),
     ("scores", "sm_90", 32, 64, None): Tile(128, 64, 64, 4, 2),  # 2.33
     ("scores", "sm_90", 32, 128, None): Tile(64, 64, 64, 4, 2),  # 4.45
     ("values", "sm_90", 16, 64, False): Tile(128, 128, 64, 8, 2),  # an H100: 0.75, transposed 0.73
-    ("values", "sm_90", 16, 64, True): Tile(128, 64, 64, 4, 4),  # 0.31, transposed 0.31
-    ("values", "sm_90", 16, 128, False): Tile(128, 128, 128, 8, 3),  # an H100: 0.82 (256 x 64: 0.84)
-    ("values, transposed", "sm_90", 16, 128, False): Tile(256, 64, 128, 8, 3),  # 0.57
+    ("values", "sm_90", 16, 64, True): Tile(64, 128, 64, 4, 3),  # 0.31
+    ("values, transposed", "sm_90", 16, 64, True): Tile(128, 64, 64, 4, 4),  # 0.31
+    ("values", "sm_90", 16, 128, False): Tile(128, 128, 128, 8, 3),  # 0.64 (256 x 64: 0.57, with fewer programs)
+    ("values, transposed", "sm_90", 16, 128, False): Tile(256, 32, 128, 8, 6),  # 0.57
     ("values", "sm_90", 16, 128, True): Tile(128, 64, 128, 8, 4),  # 0.38, transposed 0.38
     ("values", "sm_90", 32, 64, None): Tile(128, 32, 64, 4, 3),  # 2.18, transposed 2.27
+    ("values hopper", "sm_90", 16, 64, None): Tile(256, 128, 64, 4, 2, registers=240),  # 0.52
+    ("values hopper", "sm_90", 16, 128, None): Tile(256, 64, 128, 4, 3, registers=240),  # 0.56
+    ("values hopper", "sm_90", 32, 64, None): Tile(128, 64, 64, 4, 3, registers=240),  # 1.52
+    ("values hopper", "sm_90", 32, 128, None): Tile(128, 32, 128, 4, 4, registers=240),  # 2.36
     ("dscores", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 2),  # 1.34 and 1.38 with SPAN 4 and 16
     ("dscores", "sm_90", 16, 128, None): Tile(64, 64, 128, 4, 2, SPAN=16),  # 1.52
     ("fused", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.66

@@ -38,7 +38,7 @@ def addressable(t):
 
 def tile_descriptor(t, rows, columns):
     """The descriptor by which TMA moves tiles of `rows` x `columns` of a [B, H, M, D] tensor."""
-    dtype = gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
+    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[t.dtype]
     layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], dtype)
     strides = [stride if size > 1 else 8 for size, stride in zip(t.shape, t.stride(), strict=True)]
     strides[3] = 1

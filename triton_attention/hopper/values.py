@@ -1,0 +1,216 @@
+"""O = P V on Hopper: a producer warp keeps the memory busy, two warpgroups multiply what has landed.
+
+Each tile of queries reads all of V again, out of the L2 cache. The plain kernel (triton_attention_values.py) has tiles
+of 128 queries, and so at D 128 reads as many bytes of V as of P: more than L2 delivers while P streams from memory. Here
+a tile has 256 queries, half of them for each warpgroup, and V is read once for all:
+
+    producer warp    P0 P0' V0   P1 P1' V1   ...    by TMA, into the stages of a pipeline
+    warpgroup 0      O  += P0 V0    O  += P1 V1   ...
+    warpgroup 1      O' += P0' V0   O' += P1' V1  ...
+
+Persistent: a program per multiprocessor takes one tile after the other, and while the warpgroups store O the next P is on
+its way. float32 is multiplied in three parts of bfloat16 (float32.py): those of V come from memory, those of P are made
+in registers.
+
+What was measured: NOTES.md.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from triton_attention.device import processors
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
+)
+
+from triton_attention.float32 import split
+from triton_attention.hopper.tma import addressable, load_async, store_async, tile_descriptor
+from triton_attention.launch import empty_heads, launch
+from triton_attention.nan_repair import repair
+from triton_attention.tile_choice import dot_precision, tile_for
+
+MIN_WORK = 1 << 26  # elements of P from which the GPU is busy for longer than the host with its descriptors
+MIN_WAVES = 2  # tiles of 256 queries a multiprocessor; fewer leave much of the GPU idle
+
+
+class Pipeline(NamedTuple):
+    """Number i is in stage i % STAGES, in phase i // STAGES of its barriers: P of either warpgroup, and V."""
+
+    p: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+
+class Work(NamedTuple):
+    """The tiles of queries, and the tiles of keys that each of them is multiplied with."""
+
+    items: gl.tensor
+    row_tiles: gl.tensor  # of a head
+    H: gl.tensor
+    SHARE: gl.tensor
+    M: gl.tensor
+    steps: gl.tensor
+
+
+@gluon.jit
+def _query_tile(item, work, BLOCK_M: gl.constexpr):
+    head = item // work.row_tiles
+    return head // work.H, head % work.H, item % work.row_tiles * BLOCK_M
+
+
+@gluon.jit
+def _producer(p_desc, v_desc, pipe, work, STAGES: gl.constexpr, PARTS: gl.constexpr):
+    ROWS: gl.constexpr = p_desc.block_type.shape[2]
+    BLOCK_N: gl.constexpr = p_desc.block_type.shape[3]
+    BLOCK_D: gl.constexpr = v_desc.block_type.shape[3]
+    count = gl.to_tensor(0)
+    for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
+        off_b, off_h, start_m = _query_tile(item, work, 2 * ROWS)
+        for step in range(work.steps):
+            stage, start_n = count % STAGES, step * BLOCK_N
+            full = pipe.full.index(stage)
+            mbarrier.wait(pipe.empty.index(stage), count // STAGES & 1 ^ 1)  # mutate: acquire
+            mbarrier.expect(full, 2 * p_desc.block_type.nbytes + PARTS * v_desc.block_type.nbytes)
+            for w in gl.static_range(2):
+                load_async(p_desc, [off_b, off_h, start_m + w * ROWS, start_n], full, pipe.p.index(2 * stage + w))
+            for i in gl.static_range(PARTS):
+                at = [off_b, off_h // work.SHARE, start_n, i * BLOCK_D]
+                load_async(v_desc, at, full, pipe.v.index(stage * PARTS + i))
+            count += 1
+
+
+@gluon.jit
+def _tile_of(buf):
+    """A tile in shared memory as a matrix."""
+    return buf.reshape([buf.shape[2], buf.shape[3]])
+
+
+@gluon.jit
+def _multiply(p_buf, v_bufs, first, acc, small, zeros, layout: gl.constexpr, PARTS: gl.constexpr):
+    """(acc, small) with P V of a stage added; of float32 the five small ones of the six products to `small`, and to acc
+    the large one, by an addition that rounds: wgmma's truncate, which is too much for sums over all keys."""
+    high_v = _tile_of(v_bufs.index(first))
+    if PARTS == 1:
+        return warpgroup_mma_wait(0, [warpgroup_mma(_tile_of(p_buf), high_v, acc, is_async=True)]), small
+    else:
+        middle_v, low_v = _tile_of(v_bufs.index(first + 1)), _tile_of(v_bufs.index(first + 2))
+        p = _tile_of(p_buf).load(gl.DotOperandLayout(0, layout, k_width=2))
+        high = p.to(gl.bfloat16)
+        rest = p - high.to(gl.float32)
+        middle = rest.to(gl.bfloat16)
+        low = (rest - middle.to(gl.float32)).to(gl.bfloat16)
+        small = warpgroup_mma(middle, middle_v, small, is_async=True)
+        small = warpgroup_mma(high, low_v, small, is_async=True)
+        small = warpgroup_mma(low, high_v, small, is_async=True)  # mutate: parts
+        small = warpgroup_mma(high, middle_v, small, is_async=True)
+        small = warpgroup_mma(middle, high_v, small, is_async=True)
+        large = warpgroup_mma(high, high_v, zeros, use_acc=False, is_async=True)
+        large, small = warpgroup_mma_wait(0, [large, small])
+        return acc + large, small
+
+
+@gluon.jit
+def _consumer(
+    o_desc, o_bufs, nan_ptr, scale, pipe, work, STAGES: gl.constexpr, PARTS: gl.constexpr, WARPGROUP: gl.constexpr
+):
+    """One warpgroup: half of the queries of every tile."""
+    ROWS: gl.constexpr = o_desc.block_type.shape[2]
+    BLOCK_D: gl.constexpr = o_desc.block_type.shape[3]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
+    zeros = gl.zeros([ROWS, BLOCK_D], gl.float32, layout)
+    o_buf = o_bufs.index(WARPGROUP)
+    count = gl.to_tensor(0)
+    for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
+        off_b, off_h, start_m = _query_tile(item, work, 2 * ROWS)
+        acc, small = zeros, zeros
+        for _ in range(work.steps):
+            stage = count % STAGES
+            mbarrier.wait(pipe.full.index(stage), count // STAGES & 1)  # mutate: wait-full
+            acc, small = _multiply(
+                pipe.p.index(2 * stage + WARPGROUP), pipe.v, stage * PARTS, acc, small, zeros, layout, PARTS
+            )
+            mbarrier.arrive(pipe.empty.index(stage), count=1)
+            count += 1
+        if PARTS == 3:
+            acc += gl.where(gl.abs(small) < float("inf"), small, 0.0)  # what infinity is comes from the upper parts
+        acc = acc * scale
+        start_m += WARPGROUP * ROWS
+        tiles, nan = gl.cdiv(work.M, ROWS), gl.max(gl.max((acc != acc).to(gl.int32), 1), 0)
+        if start_m < work.M:
+            gl.store(nan_ptr + (off_b * work.H + off_h) * tiles + start_m // ROWS, nan.to(gl.int8))
+        tma.store_wait(0)  # the previous tile has left o_buf  # mutate: wait-o
+        o_buf.reshape([ROWS, BLOCK_D]).store(acc.to(o_desc.dtype))
+        fence_async_shared()
+        store_async(o_desc, [off_b, off_h, start_m, 0], o_buf)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["scale"])
+def _values_hopper_kernel(
+    p_desc, v_desc, o_desc, nan_ptr, scale, H, SHARE, M, N,
+    items, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):
+    p_bufs = gl.allocate_shared_memory(p_desc.dtype, [2 * STAGES, 1, 1, ROWS, BLOCK_N], p_desc.layout)
+    v_bufs = gl.allocate_shared_memory(v_desc.dtype, [PARTS * STAGES, 1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
+    o_bufs = gl.allocate_shared_memory(o_desc.dtype, [2, 1, 1, ROWS, BLOCK_D], o_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    pipe = Pipeline(p_bufs, v_bufs, full, empty)
+    work = Work(items, gl.cdiv(M, 2 * ROWS), H, SHARE, M, gl.cdiv(N, BLOCK_N))
+    gl.warp_specialize([
+        (_consumer, (o_desc, o_bufs, nan_ptr, scale, pipe, work, STAGES, PARTS, 0)),
+        (_consumer, (o_desc, o_bufs, nan_ptr, scale, pipe, work, STAGES, PARTS, 1)),
+        (_producer, (p_desc, v_desc, pipe, work, STAGES, PARTS)),
+    ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])
+
+
+def refuses(p, v, diagonal, heads, transposed, scale, dtype, block_m, block_n):
+    """Why the kernel does not serve values_op with these arguments, or None."""
+    (B, H, M, N), D, bits = p.shape, v.shape[3], 8 * p.element_size()
+    if block_m is not None or block_n is not None:
+        return "the tile is the caller's"
+    if bits == 64 or bits == 32 and dot_precision(p.dtype, p.device) == "tf32" or not p.dtype == v.dtype == dtype:
+        return "neither 16 bits nor float32 in full"
+    if transposed or diagonal is not None or not 0 < D <= 128:
+        return "transposed or causal weights, or a head dim above 128"
+    if B * H * M * N < MIN_WORK or B * H * triton.cdiv(M, 256) < MIN_WAVES * processors(p.device):
+        return "too few weights to be worth the descriptors, or too few queries to fill the GPU"
+    if D % (128 // bits) or not addressable(p) or bits == 16 and not addressable(v):
+        return "rows that do not begin at 16 bytes"
+    return None
+
+
+def run(p, v, diagonal, heads, transposed, scale, dtype, block_m, block_n):
+    """scale * P V, [B, H, M, Dv], see values_op; for what is not refused."""
+    (B, H, M, N), (Hk, D) = p.shape, (v.shape[1], v.shape[3])
+    o = empty_heads(v, B, H, M, D, dtype=dtype)
+    tile = tile_for("values hopper", p.dtype, D, False, p.device)
+    rows, block_d, parts, factor = tile.BLOCK_M // 2, tile.BLOCK_D, 1, v
+    if p.dtype == torch.float32:
+        factor, parts = split(v), 3
+        block_d = factor.shape[3] // 3
+    items = B * H * triton.cdiv(M, tile.BLOCK_M)
+    has_nan = torch.empty(B * H * triton.cdiv(M, rows), dtype=torch.int8, device=p.device)
+    launch(
+        _values_hopper_kernel, min(items, processors(p.device)),
+        tile_descriptor(p, rows, tile.BLOCK_N), tile_descriptor(factor, tile.BLOCK_N, block_d),
+        tile_descriptor(o, rows, block_d), has_nan, scale, H, H // Hk, M, N, items,
+        device=p.device, ROWS=rows, BLOCK_N=tile.BLOCK_N, BLOCK_D=block_d, STAGES=tile.num_stages, PARTS=parts,
+        CONSUMER_REGISTERS=tile.registers, PRODUCER_REGISTERS=3 * 168 - 2 * tile.registers,
+        num_warps=tile.num_warps, maxnreg=168,
+    )
+    repair(
+        has_nan, p, *p.stride(), v, *v.stride(), o, *o.stride(), has_nan, scale, H, H // Hk, M, N, 0,
+        D=D, SUMMED=1, CAUSAL=False, TRANSPOSED=False, BLOCK_M=rows, BLOCK_D=block_d,
+    )
+    return o
