@@ -1,16 +1,16 @@
 """O = P V on Hopper: a producer warp keeps the memory busy, two warpgroups multiply what has landed.
 
 Each tile of queries reads all of V again, out of the L2 cache. The plain kernel (triton_attention_values.py) has tiles
-of 128 queries, and so at D 128 reads as many bytes of V as of P: more than L2 delivers while P streams from memory. Here
-a tile has 256 queries, half of them for each warpgroup, and V is read once for all:
+of 128 queries, and so at D 128 reads as many bytes of V as of P: more than L2 delivers while P streams from memory.
+Here a tile has 256 queries, half of them for each warpgroup, and V is read once for all:
 
     producer warp    P0 P0' V0   P1 P1' V1   ...    by TMA, into the stages of a pipeline
     warpgroup 0      O  += P0 V0    O  += P1 V1   ...
     warpgroup 1      O' += P0' V0   O' += P1' V1  ...
 
-Persistent: a program per multiprocessor takes one tile after the other, and while the warpgroups store O the next P is on
-its way. float32 is multiplied in three parts of bfloat16 (float32.py): those of V come from memory, those of P are made
-in registers.
+Persistent: a program per multiprocessor takes one tile after the other, and while the warpgroups store O the next P
+is on its way. float32 is multiplied in three parts of bfloat16 (float32.py): those of V come from memory, those of P
+are made in registers.
 
 What was measured: NOTES.md.
 """
