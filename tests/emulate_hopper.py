@@ -101,7 +101,8 @@ def split(x):
     """The three parts of float32 side by side, each in 64 columns."""
     high = x.bfloat16().float()
     middle = (x - high).bfloat16().float()
-    return torch.cat([torch.nn.functional.pad(part, (0, 64 - x.shape[3])) for part in (high, middle, x - high - middle)], 3)
+    parts = high, middle, x - high - middle
+    return torch.cat([torch.nn.functional.pad(part, (0, 64 - x.shape[3])) for part in parts], 3)
 
 
 def check_scores(source=None, keys=420, right=None, fill=None, **options):

@@ -427,7 +427,8 @@ def test_gpu_values_hopper(dtype):
         out = run(p, v)
         assert torch.allclose(out[-1, -1, -1], expected[-1, -1, -1], rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
         assert out[-1, -1, :-1].isnan().all() and (H == 1 or not out[0, 0].isnan().any())
-    p, v = torch.rand(4, 16, 2048, 2048, device=DEVICE).to(dtype), torch.randn(4, 16, 2048, 64, device=DEVICE, dtype=dtype)
+    p = torch.rand(4, 16, 2048, 2048, device=DEVICE).to(dtype)
+    v = torch.randn(4, 16, 2048, 64, device=DEVICE, dtype=dtype)
     constants = 16, False, 1.0, dtype, None, None
     assert kernels.refuses(p, v, None, *constants) is None
     for pair in ((p.mT, v), (p[..., 1:], v[:, :, 1:]), (p[:1, :1], v[:1, :1])):
