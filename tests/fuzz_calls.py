@@ -143,7 +143,8 @@ def possible(c):
         c.cotangents = ("plain", None)
     if 0.0 < c.softcap < 1.0 and c.values == "large":
         c.values = "normal"  # O hangs on the few scores near 0 too, whose error is that of the large ones they sum up
-    if c.softcap == 1e-3:  # the gradient hangs on the few scores near 0, whose rounding counts a thousandfold
+    if 0.0 < c.softcap < 0.1:
+        # the gradient hangs on the few scores near 0, whose rounding counts a thousandfold, or is that of O alone
         c.wants = [name for name in c.wants if name not in ("q", "k")]
     if c.kind == "merge":  # its weights are as exact as lse, whose rounding grows with the scores
         c.scale = None if c.scale == 30.0 else c.scale

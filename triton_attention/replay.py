@@ -53,9 +53,9 @@ class _Recorder(TorchDispatchMode):
 
 class Recording:
     """What a launcher did. `taken` is the memory that it took: (size, stride, dtype) of a tensor that it returned, or
-    where the rest is in `scratch` bytes, taken at once; `returned` says which are its results, and `launches` are
-    (compiled kernel on its grid, arguments, [(argument, which address, bytes from there)]). Among the arguments, a
-    descriptor stands for those of other memory."""
+    where the rest is in `scratch` bytes, taken at once; `returned` says which are its results, and of None is the number
+    past the last; `launches` are (compiled kernel on its grid, arguments, [(argument, which address, bytes from
+    there)]). Among the arguments, a descriptor stands for those of other memory."""
 
     def __init__(self, taken, scratch, returned, launches):
         self.taken, self.scratch, self.returned, self.launches = taken, scratch, returned, launches
@@ -73,6 +73,7 @@ class Recording:
                 t = torch.empty_strided(size, stride, dtype=dtype, device=device)
                 tensors.append(t)
                 addresses.append(t.data_ptr())
+        tensors.append(None)
         for run, args, pointers in self.launches:
             args = args.copy()
             for i, which, offset in pointers:
@@ -198,7 +199,9 @@ def _understand(recorder, tensors, out):
     fresh = [(tuple(t.shape), t.stride(), t.dtype) for t in recorder.fresh]
     results_at = {(t.data_ptr(), *what): i for i, (t, what) in enumerate(zip(recorder.fresh, fresh, strict=True))}
     results = out if isinstance(out, tuple) else (out,)
-    returned = [results_at.get((t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)) for t in results]
+    returned = [
+        len(fresh) if t is None else results_at.get((t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)) for t in results
+    ]
     if None in returned:
         return False
     taken, scratch = [], 0
