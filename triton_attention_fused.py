@@ -34,7 +34,10 @@ from triton_attention.fused_backward import fused_backward_op
 from triton_attention.fused_bias import fused_bias_gradient_op
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments, paired
 from triton_attention.launch import empty_heads, launch, strided
-from triton_attention.logits import Band, Options, exponential, key_range, logits, lowest, steps, store_pair
+from triton_attention.logits import (
+    Band, Options, exponential, key_range, listed, logits, lowest, start_of, steps, store_pair,
+)
+from triton_attention.mask_map import map_of
 from triton_attention.merge import count_splits, merge_attention, merge_splits  # noqa: F401  public here
 from triton_attention.operators import Function, define_op, differentiate, fold, replayable, unfold
 from triton_attention.tile_choice import compile_options, tile_for
@@ -47,15 +50,15 @@ MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
 
 @triton.jit
 def _fwd_inner(
-    acc, m_i, l_i, q, k_head, v_head, band, dropout, scale, bounds, MASKED: tl.constexpr, OPTIONS: tl.constexpr,
+    acc, m_i, l_i, q, k_head, v_head, band, dropout, scale, visits, MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):
     """Attend to the keys that every query of the block sees, a tile at a time, or if MASKED to the others."""
     PRECISION: tl.constexpr = OPTIONS.PRECISION
-    BLOCK_N: tl.constexpr = OPTIONS.BLOCK_N
+    BLOCK_N: tl.constexpr = OPTIONS.NARROW if MASKED else OPTIONS.BLOCK_N
     offs_d, offs_e = tl.arange(0, OPTIONS.BLOCK_D), tl.arange(0, OPTIONS.BLOCK_DV)
-    first, last, gap = steps(bounds, MASKED)
+    first, last, gap = steps(visits, OPTIONS.BLOCK_N, MASKED, OPTIONS)
     for at in range(first, last, BLOCK_N):
-        start_n = at + tl.where(at < bounds[1], 0, gap) if MASKED else at
+        start_n = start_of(visits, at, gap, OPTIONS.BLOCK_N, MASKED, OPTIONS)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_head, offs_n, offs_d, PRECISION, MASKED, OPTIONS.D != OPTIONS.BLOCK_D)
         qk = rows_dot(q, k, tl.zeros([q.offs.shape[0], BLOCK_N], acc.dtype), PRECISION)
@@ -105,6 +108,7 @@ def _fwd_kernel(
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
     mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
+    lists_ptr, counts_ptr, stride_lb, stride_lh, stride_lm, capacity,
     sinks_ptr, stride_xh, stride_xm,
     o_ptr, stride_os, stride_ob, stride_oh, stride_om, stride_od,
     lse_ptr, stats_ptr, seed_ptr, scale, dropout_p, keep_factor, H, GROUP, M, N, left, right, chunk,
@@ -112,11 +116,12 @@ def _fwd_kernel(
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
     SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, TCGEN05: tl.constexpr, EXACT: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FEW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    LISTED: tl.constexpr, NARROW: tl.constexpr, FEW: tl.constexpr,
 ):
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LISTED, NARROW,
     )
     row_tiles, splits = tl.cdiv(M, BLOCK_M), tl.cdiv(N, chunk)
     tile, off_b, off_h = split_program(tl.program_id(0), row_tiles * splits, H)
@@ -153,9 +158,11 @@ def _fwd_kernel(
 
     last_n = tl.minimum(first_n + chunk, N)
     bounds = key_range(start_m, first_n, last_n, band, OPTIONS)
-    for masked in tl.static_range(1 if HAS_MASK or HAS_BIAS else 0, 2):
+    list_strides = (stride_lb, stride_lh, stride_lm)
+    visits = listed(bounds, lists_ptr, counts_ptr, list_strides, capacity, off_b, off_h, row_tile, split, OPTIONS)
+    for masked in tl.static_range(1 if (HAS_MASK or HAS_BIAS) and not LISTED else 0, 2):
         acc, m_i, l_i = _fwd_inner(
-            acc, m_i, l_i, q, k_head, v_head, band, dropout, scale, bounds, masked == 1, OPTIONS
+            acc, m_i, l_i, q, k_head, v_head, band, dropout, scale, visits, masked == 1, OPTIONS
         )
 
     factor = tl.zeros([BLOCK_M], ACC) + keep_factor
@@ -232,15 +239,16 @@ def fused_op(
     splits = count_splits(programs, N, tile.BLOCK_N, q.device)
     chunk = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
     splits = triton.cdiv(N, chunk)
+    lists, listing = map_of(mask, tile, M, N, left, right, chunk=chunk)
     q, k, v = in_parts(constants["PRECISION"], q, k, v)
     part, part_stats = o[None], stats
     if splits > 1:
         part, part_stats = lse.new_empty(splits, *o.shape), lse.new_empty(splits, *lse.shape, 2)
     launch(
         _fwd_kernel, splits * programs,
-        *strided(q, k, v, mask), sinks, *sinks_strides,
+        *strided(q, k, v, mask), *lists, sinks, *sinks_strides,
         part, *part.stride(), lse, part_stats, seed, *scalars, H, H // Hk, M, N, left or 0, right or 0, chunk,
-        **constants, HAS_SINKS=sinks is not None, SPLIT=splits > 1, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        **constants, **listing, HAS_SINKS=sinks is not None, SPLIT=splits > 1, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         FEW=tile.BLOCK_M if INTERPRETED else 16, **compile_options(tile, q.device),
     )
     if splits > 1:

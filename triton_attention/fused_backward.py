@@ -26,8 +26,9 @@ from triton_attention.float32 import in_parts, load_rows, map_finite, product, r
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments
 from triton_attention.launch import launch, strided
 from triton_attention.logits import (
-    Band, Options, exponential, key_range, load_pair, logits, query_range, steps, store_pair,
+    Band, Options, exponential, key_range, listed, load_pair, logits, query_range, start_of, steps, store_pair,
 )
+from triton_attention.mask_map import map_of
 from triton_attention.operators import define_op
 from triton_attention.tile_choice import compile_options, tile_for
 from triton_attention.tiles import (
@@ -112,16 +113,16 @@ def dscores(p, dp, tanh, record, M_AXIS: tl.constexpr, MASKED: tl.constexpr, OPT
 
 @triton.jit
 def _dq_inner(
-    dq, pk, left_over, q, do, record, dlse, k_head, v_head, band, dropout, scale, bounds,
+    dq, pk, left_over, q, do, record, dlse, k_head, v_head, band, dropout, scale, visits,
     HAS_DLSE: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):
     """(dq + dS K, pk + P K, left_over + rowsum(dS without dlse)) over some keys, the last two only if EXACT."""
     PRECISION: tl.constexpr = OPTIONS.PRECISION
-    BLOCK_N: tl.constexpr = OPTIONS.BLOCK_N
+    BLOCK_N: tl.constexpr = OPTIONS.NARROW if MASKED else OPTIONS.BLOCK_N
     offs_d, offs_e = tl.arange(0, OPTIONS.BLOCK_D), tl.arange(0, OPTIONS.BLOCK_DV)
-    first, last, gap = steps(bounds, MASKED)
+    first, last, gap = steps(visits, OPTIONS.BLOCK_N, MASKED, OPTIONS)
     for at in range(first, last, BLOCK_N):
-        start_n = at + tl.where(at < bounds[1], 0, gap) if MASKED else at
+        start_n = start_of(visits, at, gap, OPTIONS.BLOCK_N, MASKED, OPTIONS)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_head, offs_n, offs_d, PRECISION, MASKED, OPTIONS.D != OPTIONS.BLOCK_D)
         v = load_rows(v_head, offs_n, offs_e, PRECISION, MASKED, OPTIONS.DV != OPTIONS.BLOCK_DV)
@@ -155,7 +156,8 @@ def _dq_kernel(
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
     o_ptr, stride_ob, stride_oh, stride_om, stride_od,
-    mask_ptr, stride_ab, stride_ah, stride_am, stride_an, sinks_ptr, stride_xh,
+    mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
+    lists_ptr, counts_ptr, stride_lb, stride_lh, stride_lm, capacity, sinks_ptr, stride_xh,
     lse_ptr, stats_ptr, dlse_ptr, record_ptr, dq_ptr, stride_rb, stride_rh, stride_rm, stride_rd,
     seed_ptr, scale, dropout_p, keep_factor, H, GROUP, M, N, left, right,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
@@ -163,14 +165,16 @@ def _dq_kernel(
     SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, TCGEN05: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    LISTED: tl.constexpr, NARROW: tl.constexpr,
 ):
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LISTED, NARROW,
     )
     row_tiles = tl.cdiv(M, BLOCK_M)
     tile, off_b, off_h = split_program(tl.program_id(0), row_tiles, H)
-    start_m = (row_tiles - 1 - tile) * BLOCK_M  # causal: the longest rows first
+    row_tile = row_tiles - 1 - tile  # causal: the longest rows first
+    start_m = row_tile * BLOCK_M
     do_head = head(do_ptr, (stride_gb, stride_gh, stride_gm, stride_gd), (M, DV), off_b, off_h)
     q_head = head(q_ptr, (stride_qb, stride_qh, stride_qm, stride_qd), (M, D), off_b, off_h)
     k_head = head(k_ptr, (stride_kb, stride_kh, stride_kn, stride_kd), (N, D), off_b, off_h // GROUP)
@@ -196,7 +200,8 @@ def _dq_kernel(
     do = load_rows(do_head, offs_m, offs_e, PRECISION)
     o = load_tile(*o_head, offs_m, offs_e)
     top, inverse = normalizer(lse_ptr, stats_ptr, row, offs_m, M, PAIRED)
-    bounds = key_range(start_m, 0, N, band, OPTIONS)
+    bounds, list_strides = key_range(start_m, 0, N, band, OPTIONS), (stride_lb, stride_lh, stride_lm)
+    visits = listed(bounds, lists_ptr, counts_ptr, list_strides, capacity, off_b, off_h, row_tile, 0, OPTIONS)
 
     delta = tl.sum(whole(do, PRECISION).to(ACC) * o.to(ACC), 1)
     dlse, rest = tl.zeros([BLOCK_M], ACC), tl.zeros([BLOCK_M], ACC)
@@ -208,9 +213,9 @@ def _dq_kernel(
         store_record(record_ptr, row + offs_m, Record(top, inverse, delta, rest), offs_m < M)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     pk = dq
-    for masked in tl.static_range(1 if HAS_MASK or HAS_BIAS else 0, 2):
+    for masked in tl.static_range(1 if (HAS_MASK or HAS_BIAS) and not LISTED else 0, 2):
         dq, pk, rest = _dq_inner(
-            dq, pk, rest, q, do, Record(top, inverse, delta, None), dlse, k_head, v_head, band, dropout, scale, bounds,
+            dq, pk, rest, q, do, Record(top, inverse, delta, None), dlse, k_head, v_head, band, dropout, scale, visits,
             HAS_DLSE, masked == 1, OPTIONS,
         )
     if EXACT:  # rowsum(P * dP) less what rounding made of it in delta: much, where one key has almost all of the weight
@@ -224,7 +229,7 @@ def _dq_kernel(
 
 @triton.jit
 def _dkdv_inner(
-    dk, dv, k, v, q_heads, do_heads, record_ptr, band, dropout, scale, start_n, bounds,
+    dk, dv, k, v, q_heads, do_heads, record_ptr, band, dropout, scale, start_n, visits,
     off_b, first_h, H, GROUP: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):
     """(dk + dS^T Q, dv + P^T dO) over the queries that see every key of the block, or if MASKED over the others; the
@@ -233,17 +238,16 @@ def _dkdv_inner(
     One loop over all heads of the group: a loop around it would keep the addresses of both in registers.
     """
     PRECISION: tl.constexpr = OPTIONS.PRECISION
-    BLOCK_M: tl.constexpr = OPTIONS.BLOCK_M
+    BLOCK_M: tl.constexpr = OPTIONS.NARROW if MASKED else OPTIONS.BLOCK_M
     BLOCK_N: tl.constexpr = OPTIONS.BLOCK_N
     offs_d, offs_e = tl.arange(0, OPTIONS.BLOCK_D), tl.arange(0, OPTIONS.BLOCK_DV)
     M = q_heads.shape[0]
-    first, last, gap = steps(bounds, MASKED)
+    first, last, gap = steps(visits, OPTIONS.BLOCK_M, MASKED, OPTIONS)
     tiles = tl.cdiv(last - first, BLOCK_M)
     for step in range(0, GROUP * tiles):
         off_g = step // tiles if GROUP > 1 else 0
-        off_h, start_m = first_h + off_g, first + (step - off_g * tiles) * BLOCK_M
-        if MASKED:
-            start_m += tl.where(start_m < bounds[1], 0, gap)
+        off_h, at = first_h + off_g, first + (step - off_g * tiles) * BLOCK_M
+        start_m = start_of(visits, at, gap, OPTIONS.BLOCK_M, MASKED, OPTIONS)
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q_head = head(*q_heads, off_b, off_h)
         q = load_rows(q_head, offs_m, offs_d, PRECISION, MASKED, OPTIONS.D != OPTIONS.BLOCK_D)
@@ -279,6 +283,7 @@ def _dkdv_kernel(
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
     mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
+    lists_ptr, counts_ptr, stride_lb, stride_lh, stride_lm, capacity,
     record_ptr,
     dk_ptr, stride_rb, stride_rh, stride_rn, stride_rd,
     dv_ptr, stride_wb, stride_wh, stride_wn, stride_wd,
@@ -287,10 +292,11 @@ def _dkdv_kernel(
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, PAIRED: tl.constexpr, TCGEN05: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    LISTED: tl.constexpr, NARROW: tl.constexpr,
 ):
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LISTED, NARROW,
     )
     tile, off_b, off_hk = split_program(tl.program_id(0), tl.cdiv(N, BLOCK_N), H // GROUP)
     start_n = tile * BLOCK_N
@@ -317,10 +323,11 @@ def _dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
 
-    bounds = query_range(start_n, M, band, OPTIONS)
-    for masked in tl.static_range(1 if HAS_MASK or HAS_BIAS else 0, 2):
+    bounds, list_strides = query_range(start_n, M, band, OPTIONS), (stride_lb, stride_lh, stride_lm)
+    visits = listed(bounds, lists_ptr, counts_ptr, list_strides, capacity, off_b, off_hk, tile, 0, OPTIONS)
+    for masked in tl.static_range(1 if (HAS_MASK or HAS_BIAS) and not LISTED else 0, 2):
         dk, dv = _dkdv_inner(
-            dk, dv, k, v, q_heads, do_heads, record_ptr, band, dropout, scale, start_n, bounds,
+            dk, dv, k, v, q_heads, do_heads, record_ptr, band, dropout, scale, start_n, visits,
             off_b, off_hk * GROUP, H, GROUP, masked == 1, OPTIONS,
         )
     store_tile(*dk_head, offs_n, offs_d, dk * (scale * SIGN))
@@ -354,20 +361,22 @@ def fused_backward_op(
     dtype = q.dtype
     do, q, k, v = in_parts(constants["PRECISION"], do, q, k, v)
     tile = tile_for(f"fused dq{variant}", dtype, width, right is not None, q.device)
+    lists, listing = map_of(mask, tile, M, N, left, right)
     launch(
         _dq_kernel, B * H * triton.cdiv(M, tile.BLOCK_M),
-        *strided(do, q, k, v, o, mask), sinks, 0 if sinks is None else sinks.stride(0),
+        *strided(do, q, k, v, o, mask), *lists, sinks, 0 if sinks is None else sinks.stride(0),
         lse, stats, dlse, record, *strided(dq),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
-        **constants, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        **constants, **listing, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         **compile_options(tile, q.device),
     )
     tile = tile_for(f"fused dkdv{variant}", dtype, width, right is not None, q.device)
+    lists, listing = map_of(mask, tile, M, N, left, right, transposed=True, group=H // Hk)
     launch(
         _dkdv_kernel, B * Hk * triton.cdiv(N, tile.BLOCK_N),
-        *strided(do, q, k, v, mask), record, *strided(dk, dv),
+        *strided(do, q, k, v, mask), *lists, record, *strided(dk, dv),
         seed, *scalars, H, M, N, left or 0, right or 0,
-        GROUP=H // Hk, **constants, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        GROUP=H // Hk, **constants, **listing, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         **compile_options(tile, q.device),
     )
     if dtype == torch.float64:

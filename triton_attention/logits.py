@@ -37,6 +37,8 @@ class Options(NamedTuple):
     BLOCK_N: int
     BLOCK_D: int
     BLOCK_DV: int
+    LISTED: bool  # whether the tiles to visit are listed in memory, see mask_map.py
+    NARROW: int  # of listed tiles that are partly visible: so many columns at a time
 
 
 class Band(NamedTuple):
@@ -86,13 +88,52 @@ def query_range(start_n, M, band, OPTIONS: tl.constexpr):
     return begin, full_begin, full_end, end
 
 
+class Visits(NamedTuple):
+    """The tiles that a block visits: those within `bounds` (see key_range), or if LISTED those of its list: `plains` of
+    them from the front, where everything is visible, `partials` from the back."""
+
+    bounds: tuple
+    list_ptr: tl.tensor
+    capacity: tl.tensor
+    plains: tl.tensor
+    partials: tl.tensor
+
+
 @triton.jit
-def steps(bounds, MASKED: tl.constexpr):
+def listed(bounds, lists_ptr, counts_ptr, strides, capacity, off_b, off_h, row, split, OPTIONS: tl.constexpr):
+    """The Visits of a row of tiles; see TileLists in mask_map.py."""
+    if OPTIONS.LISTED:
+        at = off_b * strides[0] + off_h * strides[1] + row * strides[2] + split
+        plains, partials = tl.load(counts_ptr + 2 * at), tl.load(counts_ptr + 2 * at + 1)
+        return Visits(bounds, lists_ptr + at.to(tl.int64) * capacity, capacity, plains, partials)
+    else:
+        return Visits(bounds, lists_ptr, 0, 0, 0)
+
+
+@triton.jit
+def steps(visits, SIZE: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr):
     """(first, last, gap) of a loop over tiles: those where everything is visible, or if MASKED the others. Those lie on
-    both sides of a gap, and one loop over either side would be code twice: where() has the gap in it."""
-    if MASKED:
+    both sides of a gap, and one loop over either side would be code twice: start_of() has the gap in it."""
+    bounds = visits.bounds
+    if OPTIONS.LISTED:
+        return 0, (visits.partials if MASKED else visits.plains) * SIZE, 0
+    elif MASKED:
         return bounds[0], bounds[3] - (bounds[2] - bounds[1]), bounds[2] - bounds[1]
-    return bounds[1], bounds[2], 0
+    else:
+        return bounds[1], bounds[2], 0
+
+
+@triton.jit
+def start_of(visits, at, gap, SIZE: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr):
+    """Where the tile begins that such a loop is at; SIZE is that of a listed one."""
+    if OPTIONS.LISTED:
+        number = at // SIZE
+        tile = tl.load(visits.list_ptr + (visits.capacity - 1 - number if MASKED else number))
+        return tile * SIZE + at % SIZE
+    elif MASKED:
+        return at + tl.where(at < visits.bounds[1], 0, gap)
+    else:
+        return at
 
 
 @triton.jit
