@@ -35,7 +35,7 @@ from triton_attention.fused_bias import fused_bias_gradient_op
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments, paired
 from triton_attention.launch import empty_heads, launch, strided
 from triton_attention.logits import (
-    Band, Options, exponential, key_range, listed, logits, lowest, start_of, steps, store_pair,
+    Band, Options, exponential, key_range, listed, load_mask, logits, lowest, start_of, steps, store_pair,
 )
 from triton_attention.mask_map import map_of
 from triton_attention.merge import count_splits, merge_attention, merge_splits  # noqa: F401  public here
@@ -61,8 +61,9 @@ def _fwd_inner(
         start_n = start_of(visits, at, gap, OPTIONS.BLOCK_N, MASKED, OPTIONS)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_head, offs_n, offs_d, PRECISION, MASKED, OPTIONS.D != OPTIONS.BLOCK_D)
+        mask = load_mask(band, q.offs, offs_n, 0, MASKED, OPTIONS)
         qk = rows_dot(q, k, tl.zeros([q.offs.shape[0], BLOCK_N], acc.dtype), PRECISION)
-        x, raw = logits(qk, q.offs[:, None], offs_n[None, :], band, scale, MASKED, OPTIONS)
+        x, raw = logits(qk, q.offs[:, None], offs_n[None, :], band, mask, scale, MASKED, OPTIONS)
         m_new = tl.maximum(m_i, tl.max(x, 1) * (1.0 if OPTIONS.SCALED else scale))
         p = exponential(x, raw, m_new[:, None], scale, MASKED, OPTIONS)
         alpha = tl.exp(m_i - m_new)
@@ -89,8 +90,9 @@ def _fwd_one_by_one(
     for n in range(bounds[0], bounds[3]):
         offs_n = n + tl.arange(0, 1)
         k = whole(load_rows(k_head, offs_n, offs_d, PRECISION), PRECISION).to(m_i.dtype)
+        mask = load_mask(band, offs_m, offs_n, 0, True, OPTIONS)
         qk = tl.sum(q * k, 1)[:, None]
-        x, raw = logits(qk, offs_m[:, None], offs_n[None, :], band, scale, True, OPTIONS)
+        x, raw = logits(qk, offs_m[:, None], offs_n[None, :], band, mask, scale, True, OPTIONS)
         p = exponential(x, raw, m_i[:, None], scale, True, OPTIONS)
         l_i += tl.sum(p, 1)
         if OPTIONS.DROPOUT:
@@ -117,11 +119,11 @@ def _fwd_kernel(
     SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, TCGEN05: tl.constexpr, EXACT: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    LISTED: tl.constexpr, NARROW: tl.constexpr, FEW: tl.constexpr,
+    ONE_ROW: tl.constexpr, ALIGNED: tl.constexpr, LISTED: tl.constexpr, NARROW: tl.constexpr, FEW: tl.constexpr,
 ):
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LISTED, NARROW,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ONE_ROW, ALIGNED, LISTED, NARROW,
     )
     row_tiles, splits = tl.cdiv(M, BLOCK_M), tl.cdiv(N, chunk)
     tile, off_b, off_h = split_program(tl.program_id(0), row_tiles * splits, H)
@@ -248,8 +250,8 @@ def fused_op(
         _fwd_kernel, splits * programs,
         *strided(q, k, v, mask), *lists, sinks, *sinks_strides,
         part, *part.stride(), lse, part_stats, seed, *scalars, H, H // Hk, M, N, left or 0, right or 0, chunk,
-        **constants, **listing, HAS_SINKS=sinks is not None, SPLIT=splits > 1, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-        FEW=tile.BLOCK_M if INTERPRETED else 16, **compile_options(tile, q.device),
+        **constants, **listing, HAS_SINKS=sinks is not None, SPLIT=splits > 1,
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, FEW=tile.BLOCK_M if INTERPRETED else 16, **compile_options(tile, q.device),
     )
     if splits > 1:
         merge_splits(

@@ -31,7 +31,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from triton_attention import tiles  # noqa: E402
+from triton_attention import mask_map, tiles  # noqa: E402
 from triton_attention.dropout import dropout_op  # noqa: E402
 from triton_attention.fused_backward import fused_backward_op
 from triton_attention.fused_bias import fused_bias_gradient_op  # noqa: E402
@@ -49,6 +49,7 @@ from triton_attention_values import values_op  # noqa: E402
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 PARTS = {  # kernels that a launcher runs besides or instead of one that bears its name
     "_nonzero_kernel": ", NaN repair", "_merge_kernel": ", merge", "_dq_kernel": ", dQ", "_dkdv_kernel": ", dK dV",
+    "_classify_kernel": ", map", "_list_kernel": ", lists",
     "_split_kernel": ", parts", "_preprocess_kernel": ", before", "_postprocess_kernel": ", after",
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -386,6 +387,7 @@ def all_launches(name, quick):
 def rows(name, quick):
     """The table for one GPU: [(label, registers, spills, shared KiB, problem or "")]."""
     tiles.NVIDIA = tl.constexpr(name.startswith("sm_"))  # so a process compiles for one GPU
+    mask_map.LISTS_FROM = 0
     out = []
     for label, launcher, arguments in all_launches(name, quick):
         with compiling_for(name) as built:

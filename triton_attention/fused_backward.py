@@ -26,7 +26,8 @@ from triton_attention.float32 import in_parts, load_rows, map_finite, product, r
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments
 from triton_attention.launch import launch, strided
 from triton_attention.logits import (
-    Band, Options, exponential, key_range, listed, load_pair, logits, query_range, start_of, steps, store_pair,
+    Band, Options, exponential, key_range, listed, load_mask, load_pair, logits, query_range, start_of, steps,
+    store_pair,
 )
 from triton_attention.mask_map import map_of
 from triton_attention.operators import define_op
@@ -80,11 +81,11 @@ def store_record(record_ptr, rows, record, mask):
 
 @triton.jit
 def probs(
-    qk, record, offs_m, offs_n, band, scale, M_AXIS: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr
+    qk, record, offs_m, offs_n, band, mask, scale, M_AXIS: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr
 ):
     """(P before dropout, tanh where there is a softcap) of a tile with its queries along M_AXIS, 0 or 1."""
     m, n = tl.expand_dims(offs_m, 1 - M_AXIS), tl.expand_dims(offs_n, M_AXIS)
-    x, raw = logits(qk, m, n, band, scale, MASKED, OPTIONS)
+    x, raw = logits(qk, m, n, band, mask, scale, MASKED, OPTIONS)
     p = exponential(x, raw, tl.expand_dims(record.top, 1 - M_AXIS), scale, MASKED, OPTIONS)
     if OPTIONS.PAIRED:
         p *= tl.expand_dims(record.inverse, 1 - M_AXIS)
@@ -129,10 +130,11 @@ def _dq_inner(
         if MASKED and (OPTIONS.LEFT or OPTIONS.RIGHT or OPTIONS.HAS_MASK or OPTIONS.HAS_BIAS):
             # NaN or inf in a hidden key, times its dS of 0, would be NaN; a query that sees NaN has it in lse already
             k = map_finite(k, PRECISION)
+        mask = load_mask(band, q.offs, offs_n, 0, MASKED, OPTIONS)
         zeros = tl.zeros([q.offs.shape[0], BLOCK_N], dq.dtype)
         qk = rows_dot(q, k, zeros, PRECISION)
         dp = rows_dot(do, v, zeros, PRECISION)
-        p, tanh = probs(qk, record, q.offs, offs_n, band, scale, 0, MASKED, OPTIONS)
+        p, tanh = probs(qk, record, q.offs, offs_n, band, mask, scale, 0, MASKED, OPTIONS)
         if OPTIONS.DROPOUT:
             dp = tl.where(keep_mask(dropout, q.offs, start_n, BLOCK_N), dp * dropout.factor, 0.0)
         ds_logits, ds = dscores(p, dp, tanh, record, 0, MASKED, OPTIONS)
@@ -165,11 +167,11 @@ def _dq_kernel(
     SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, TCGEN05: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    LISTED: tl.constexpr, NARROW: tl.constexpr,
+    ONE_ROW: tl.constexpr, ALIGNED: tl.constexpr, LISTED: tl.constexpr, NARROW: tl.constexpr,
 ):
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LISTED, NARROW,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ONE_ROW, ALIGNED, LISTED, NARROW,
     )
     row_tiles = tl.cdiv(M, BLOCK_M)
     tile, off_b, off_h = split_program(tl.program_id(0), row_tiles, H)
@@ -257,9 +259,10 @@ def _dkdv_inner(
         band_of_head = band
         if OPTIONS.HAS_MASK or OPTIONS.HAS_BIAS:
             band_of_head = Band(band.left, band.right, head(*band.mask, off_b, off_h))
+        mask = load_mask(band_of_head, offs_m, k.offs, 1, MASKED, OPTIONS)
         zeros = tl.zeros([BLOCK_N, BLOCK_M], dk.dtype)
         qk_t = rows_dot(k, q, zeros, PRECISION)
-        p_t, tanh = probs(qk_t, record, offs_m, k.offs, band_of_head, scale, 1, MASKED, OPTIONS)
+        p_t, tanh = probs(qk_t, record, offs_m, k.offs, band_of_head, mask, scale, 1, MASKED, OPTIONS)
         kept = p_t
         if OPTIONS.DROPOUT:
             dropout_of_head = DropoutMask(dropout.p, dropout.factor, dropout.seed, off_b, off_h)
@@ -292,11 +295,11 @@ def _dkdv_kernel(
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, PAIRED: tl.constexpr, TCGEN05: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    LISTED: tl.constexpr, NARROW: tl.constexpr,
+    ONE_ROW: tl.constexpr, ALIGNED: tl.constexpr, LISTED: tl.constexpr, NARROW: tl.constexpr,
 ):
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LISTED, NARROW,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ONE_ROW, ALIGNED, LISTED, NARROW,
     )
     tile, off_b, off_hk = split_program(tl.program_id(0), tl.cdiv(N, BLOCK_N), H // GROUP)
     start_n = tile * BLOCK_N
@@ -367,8 +370,8 @@ def fused_backward_op(
         *strided(do, q, k, v, o, mask), *lists, sinks, 0 if sinks is None else sinks.stride(0),
         lse, stats, dlse, record, *strided(dq),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
-        **constants, **listing, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-        **compile_options(tile, q.device),
+        **constants, **listing, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None,
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile, q.device),
     )
     tile = tile_for(f"fused dkdv{variant}", dtype, width, right is not None, q.device)
     lists, listing = map_of(mask, tile, M, N, left, right, transposed=True, group=H // Hk)

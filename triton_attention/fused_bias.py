@@ -15,7 +15,7 @@ from triton_attention.float32 import in_parts, load_rows, rows_dot, signed
 from triton_attention.fused_backward import dscores, load_record, probs
 from triton_attention.fused_common import fused_arguments
 from triton_attention.launch import launch, strided
-from triton_attention.logits import Band, Options
+from triton_attention.logits import Band, Options, load_mask
 from triton_attention.operators import define_op
 from triton_attention.tile_choice import compile_options, tile_for
 from triton_attention.tiles import DropoutMask, head, keep_mask, split_program, store_tile
@@ -39,7 +39,7 @@ def _dbias_kernel(
     """One tile of the bias's gradient [GB, GH, GM, GN]: dS summed over the dimensions where the bias has size 1."""
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, LISTED=False, NARROW=BLOCK_N,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ONE_ROW=False, ALIGNED=False, LISTED=False, NARROW=BLOCK_N,
     )
     col_tiles = tl.cdiv(GN, BLOCK_N)
     tile, first_b, first_h = split_program(tl.program_id(0), tl.cdiv(GM, BLOCK_M) * col_tiles, GH)
@@ -73,9 +73,10 @@ def _dbias_kernel(
                     offs_n = n + tl.arange(0, BLOCK_N)
                     k = load_rows(k_head, offs_n, offs_d, PRECISION)
                     v = load_rows(v_head, offs_n, offs_e, PRECISION)
+                    mask_tile = load_mask(band, offs_m, offs_n, 0, True, OPTIONS)
                     zeros = tl.zeros([BLOCK_M, BLOCK_N], ACC)
                     qk = rows_dot(q, k, zeros, PRECISION)
-                    p, tanh = probs(qk, record, offs_m, offs_n, band, scale, 0, True, OPTIONS)
+                    p, tanh = probs(qk, record, offs_m, offs_n, band, mask_tile, scale, 0, True, OPTIONS)
                     dp = rows_dot(do, v, zeros, PRECISION)
                     if DROPOUT:
                         dp = tl.where(keep_mask(dropout, offs_m, n, BLOCK_N), dp * keep_factor, 0.0)

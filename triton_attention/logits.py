@@ -37,6 +37,8 @@ class Options(NamedTuple):
     BLOCK_N: int
     BLOCK_D: int
     BLOCK_DV: int
+    ONE_ROW: bool  # whether the mask is the same for all queries
+    ALIGNED: bool  # whether its rows are contiguous, and as long as a multiple of 16
     LISTED: bool  # whether the tiles to visit are listed in memory, see mask_map.py
     NARROW: int  # of listed tiles that are partly visible: so many columns at a time
 
@@ -107,7 +109,7 @@ def listed(bounds, lists_ptr, counts_ptr, strides, capacity, off_b, off_h, row, 
         plains, partials = tl.load(counts_ptr + 2 * at), tl.load(counts_ptr + 2 * at + 1)
         return Visits(bounds, lists_ptr + at.to(tl.int64) * capacity, capacity, plains, partials)
     else:
-        return Visits(bounds, lists_ptr, 0, 0, 0)
+        return Visits(bounds, 0, 0, 0, 0)
 
 
 @triton.jit
@@ -129,7 +131,7 @@ def start_of(visits, at, gap, SIZE: tl.constexpr, MASKED: tl.constexpr, OPTIONS:
     if OPTIONS.LISTED:
         number = at // SIZE
         tile = tl.load(visits.list_ptr + (visits.capacity - 1 - number if MASKED else number))
-        return tile * SIZE + at % SIZE
+        return tl.multiple_of(tile * SIZE + at % SIZE, 16)
     elif MASKED:
         return at + tl.where(at < visits.bounds[1], 0, gap)
     else:
@@ -150,11 +152,37 @@ def hyperbolic_tangent(x):
 
 
 @triton.jit
-def logits(qk, m, n, band, scale, MASKED: tl.constexpr, OPTIONS: tl.constexpr):
+def load_mask(band, offs_m, offs_n, M_AXIS: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr):
+    """The tile of the mask for logits(), with its queries along M_AXIS; one row (or column) of it if all are the same.
+
+    To be called before the product of Q and K: of two layouts that meet in the scores, Triton gives the sums of rows
+    that of the later one in the program. After it, the softmax would be computed twice, once in the layout of the load.
+    """
+    if MASKED and (OPTIONS.HAS_MASK or OPTIONS.HAS_BIAS):
+        ptr, strides, shape = band.mask
+        other: tl.constexpr = float("-inf") if OPTIONS.HAS_BIAS else 0
+        if OPTIONS.ONE_ROW:
+            keys = tl.load(ptr + offs_n.to(tl.int64) * strides[1], mask=offs_n < shape[1], other=other)
+            tile = tl.expand_dims(keys, M_AXIS)
+        else:
+            inside = offs_n < shape[1]
+            if OPTIONS.ALIGNED:  # the same, but for Triton too the same for 16 keys, so that a thread loads several
+                inside = offs_n // 16 * 16 < shape[1]
+            ptrs = ptr + offs_m.to(tl.int64)[:, None] * strides[0] + offs_n[None, :] * strides[1]
+            tile = tl.load(ptrs, mask=(offs_m < shape[0])[:, None] & inside[None, :], other=other)
+            if M_AXIS == 1:
+                tile = tl.trans(tile)
+        return tile
+    else:
+        return band.left
+
+
+@triton.jit
+def logits(qk, m, n, band, mask, scale, MASKED: tl.constexpr, OPTIONS: tl.constexpr):
     """(x, raw): the logits x of a tile of Q K^T, -inf where m may not see n; without the scale if not SCALED. raw is
     what was multiplied last: by the softcap, tanh of the scaled product; else by the scale, the product.
 
-    m and n index the tile and broadcast against it, either way round.
+    m and n index the tile and broadcast against it, either way round; mask is what load_mask() returned.
     """
     x, raw = qk, qk
     if OPTIONS.SOFTCAP > 0.0:
@@ -163,18 +191,15 @@ def logits(qk, m, n, band, scale, MASKED: tl.constexpr, OPTIONS: tl.constexpr):
     elif OPTIONS.SCALED:
         x = qk * scale
     if MASKED:
-        mask_ptr, strides, shape = band.mask
-        keep = (n < shape[1]) & (m >= 0)
+        keep = (n < band.mask.shape[1]) & (m >= 0)
         if OPTIONS.RIGHT:
             keep = keep & (n <= m + band.right)
         if OPTIONS.LEFT:
             keep = keep & (n >= m + band.left)
-        offsets = m.to(tl.int64) * strides[0] + n.to(tl.int64) * strides[1]
         if OPTIONS.HAS_MASK:
-            allowed = tl.load(mask_ptr + offsets, mask=keep & (m < shape[0]), other=False)
-            keep = keep & allowed.to(tl.int1)  # for Inductor a bool tensor is one of bytes
+            keep = keep & mask.to(tl.int1)  # for Inductor a bool tensor is one of bytes
         if OPTIONS.HAS_BIAS:
-            bias = tl.load(mask_ptr + offsets, mask=keep & (m < shape[0]), other=float("-inf")).to(qk.dtype)
+            bias = mask.to(qk.dtype)
             keep = keep & (bias != float("-inf"))
             x = x + bias
         x = tl.where(keep, x, float("-inf"))

@@ -1,4 +1,4 @@
-"""A map of a mask: which tiles of queries and keys a fused kernel need not visit, and in which it need not read the mask.
+"""A map of a mask: which tiles a fused kernel need not visit, and in which of them it need not read the mask.
 
     mask, 32 x 32 elements a unit     tiles of a kernel, by rows      of each row a list of tiles
       2 2 1 0                           plain   partial  -              0 . . 1    plain from the front, partial
@@ -8,9 +8,9 @@
 
     0 hidden, no query sees a key; 2 plain, all see all (of a float mask: all zeros); 1 partial, anything else
 
-The units are classified in one pass over the mask, with its dimensions of size 1 as they are. Lists are made of them for
-the tiles of each kernel, where a causal bound or a window hides more. A causal mask that comes as a tensor costs what
-is_causal costs, padding what the keys that are not padded cost, documents what their blocks cost.
+The units are classified in one pass over the mask, with its dimensions of size 1 as they are. Lists are made of them
+for the tiles of each kernel, where a causal bound or a window hides more. A causal mask that comes as a tensor costs
+what is_causal costs, padding what the keys that are not padded cost, documents what their blocks cost.
 
 Block-sparse masks: Dong et al., "FlexAttention", 2024, whose BlockMask has two lists too.
 """
@@ -134,8 +134,13 @@ def map_of(mask, tile, M, N, left, right, *, transposed=False, group=1, chunk=No
     a list is that of `group` heads.
     """
     width = tile.BLOCK_M if transposed else tile.BLOCK_N
+    about = {"ONE_ROW": False, "ALIGNED": False, "LISTED": False, "NARROW": width}
+    if mask is not None:
+        about["NARROW"] = tile.narrow or width
+        about["ONE_ROW"] = mask.stride(2) == 0
+        about["ALIGNED"] = isinstance(N, int) and N % 16 == 0 and mask.stride(3) == 1
     if mask is None or M * N < LISTS_FROM:
-        return [None, None, 0, 0, 0, 0], {"LISTED": False, "NARROW": width}
+        return [None, None, 0, 0, 0, 0], about
     mask = _once(mask)
     (b, h, mask_rows), units = mask.shape[:3], classify(mask)
     group = min(group, h)
@@ -158,4 +163,4 @@ def map_of(mask, tile, M, N, left, right, *, transposed=False, group=1, chunk=No
     )
     step = rows * splits
     where = [0 if b == 1 else heads * step, 0 if heads == 1 else step, 0 if rows == 1 else splits]
-    return [lists, counts, *where, capacity], {"LISTED": True, "NARROW": width}
+    return [lists, counts, *where, capacity], about | {"LISTED": True}

@@ -21,6 +21,7 @@ class Tile(NamedTuple):
     SPAN: int = 8  # tiles of keys that one program walks (scores, dscores): hides the load of q, fills the GPU evenly
     # (fused backward hopper: stages of dQ in shared memory)
     registers: int | None = None  # a thread has at most, where that is not left to the compiler
+    narrow: int | None = None  # of tiles that are partly masked, columns at a time: there are not registers for more
 
 
 TILES = {
@@ -55,9 +56,9 @@ TILES = {
     ("fused", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.66
     ("fused, masked", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
     ("fused", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),  # 1.18
-    ("fused, masked", "sm_90", 16, 128, None): Tile(128, 32, 128, 8, 3, registers=255),
+    ("fused, masked", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255, narrow=32),
     ("fused", "sm_90", 16, 256, None): Tile(128, 32, 256, 8, 2, registers=255),
-    ("fused, masked", "sm_90", 16, 256, None): Tile(64, 16, 256, 8, 1, registers=255),
+    ("fused, masked", "sm_90", 16, 256, None): Tile(128, 32, 256, 8, 2, registers=255, narrow=16),
     ("fused hopper", "sm_90", 16, 64, False): Tile(128, 128, 64, 4, 2, registers=240),
     ("fused hopper", "sm_90", 16, 64, True): Tile(128, 128, 64, 4, 3, registers=240),
     ("fused hopper, long", "sm_90", 16, 64, None): Tile(192, 128, 64, 4, 2, registers=160),
@@ -70,17 +71,16 @@ TILES = {
     ("fused dq", "sm_90", 16, 64, True): Tile(64, 64, 64, 4, 3, registers=168),
     ("fused dq, masked", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
     ("fused dq", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),  # 1.34
-    ("fused dq, masked", "sm_90", 16, 128, None): Tile(128, 32, 128, 8, 2, registers=255),
+    ("fused dq, masked", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255, narrow=32),
     ("fused dq", "sm_90", 16, 256, None): Tile(32, 64, 256, 8, 1, registers=255),
-    ("fused dq, masked", "sm_90", 16, 256, None): Tile(32, 16, 256, 8, 1, registers=255),
+    ("fused dq, masked", "sm_90", 16, 256, None): Tile(32, 64, 256, 8, 1, registers=255, narrow=32),
     ("fused dq", "sm_90, triton 3.8", 16, 256, None): Tile(32, 32, 256, 8, 1, registers=255),
     ("fused, masked", "sm_100", 16, 64, None): Tile(64, 32, 64, 8, 2, registers=255),
     ("fused dq, masked", "sm_100", 16, 256, None): Tile(16, 32, 256, 8, 1, registers=255),
     ("fused dq, masked", "sm_120", 16, 256, None): Tile(16, 32, 256, 8, 1, registers=255),
     ("fused dkdv", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 3, registers=255),  # 1.06
-    ("fused dkdv, masked", "sm_90", 16, 64, None): Tile(64, 64, 64, 8, 2, registers=255),
     ("fused dkdv", "sm_90", 16, 128, None): Tile(32, 64, 128, 4, 3, registers=255),  # 2.09
-    ("fused dkdv, masked", "sm_90", 16, 128, None): Tile(32, 64, 128, 8, 2, registers=255),
+    ("fused dkdv, masked", "sm_90", 16, 128, None): Tile(32, 64, 128, 4, 3, registers=255, narrow=16),
     ("fused dkdv", "sm_90", 16, 256, None): Tile(32, 32, 256, 8, 1, registers=255),
     ("fused", "sm_90", 32, 64, None): Tile(128, 64, 64, 8, 2, registers=255),  # an H100: 3.88
     ("fused", "sm_90", 32, 128, None): Tile(128, 32, 128, 8, 2, registers=255),
