@@ -251,7 +251,8 @@ def fused_op(
         *strided(q, k, v, mask), *lists, sinks, *sinks_strides,
         part, *part.stride(), lse, part_stats, seed, *scalars, H, H // Hk, M, N, left or 0, right or 0, chunk,
         **constants, **listing, HAS_SINKS=sinks is not None, SPLIT=splits > 1,
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, FEW=tile.BLOCK_M if INTERPRETED else 16, **compile_options(tile, q.device),
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, FEW=tile.BLOCK_M if INTERPRETED else 16,
+        **compile_options(tile, q.device),
     )
     if splits > 1:
         merge_splits(

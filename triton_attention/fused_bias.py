@@ -39,7 +39,7 @@ def _dbias_kernel(
     """One tile of the bias's gradient [GB, GH, GM, GN]: dS summed over the dimensions where the bias has size 1."""
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ONE_ROW=False, ALIGNED=False, LISTED=False, NARROW=BLOCK_N,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )
     col_tiles = tl.cdiv(GN, BLOCK_N)
     tile, first_b, first_h = split_program(tl.program_id(0), tl.cdiv(GM, BLOCK_M) * col_tiles, GH)

@@ -37,10 +37,10 @@ class Options(NamedTuple):
     BLOCK_N: int
     BLOCK_D: int
     BLOCK_DV: int
-    ONE_ROW: bool  # whether the mask is the same for all queries
-    ALIGNED: bool  # whether its rows are contiguous, and as long as a multiple of 16
-    LISTED: bool  # whether the tiles to visit are listed in memory, see mask_map.py
-    NARROW: int  # of listed tiles that are partly visible: so many columns at a time
+    ONE_ROW: bool = False  # whether the mask is the same for all queries
+    ALIGNED: bool = False  # whether its rows are contiguous, and as long as a multiple of 16
+    LISTED: bool = False  # whether the tiles to visit are listed in memory, see mask_map.py
+    NARROW: int = 0  # of tiles that are partly visible: so many columns at a time
 
 
 class Band(NamedTuple):
