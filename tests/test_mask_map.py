@@ -1,0 +1,124 @@
+"""The map of a mask: lists name every tile that a query sees, and call plain only those that need no mask."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.reference import BF16, DEVICE, F32, INF, NAN, compare, randn, torch_fused
+from triton_attention import mask_map
+from triton_attention.mask_map import map_of
+from triton_attention_fused import attention_fused
+
+B, H, M, N = 2, 4, 100, 150
+LENGTHS = torch.tensor([70, 150], device=DEVICE)
+MASKS = {
+    "sparse": lambda: torch.rand(B, H, M, N, device=DEVICE) < 0.02,
+    "causal": lambda: torch.ones(M, N, dtype=torch.bool, device=DEVICE).tril().expand(B, H, M, N),
+    "padding": lambda: (torch.arange(N, device=DEVICE) < LENGTHS[:, None])[:, None, None].expand(B, H, M, N),
+    "documents": lambda: (
+        torch.arange(M, device=DEVICE)[:, None] // 40 == torch.arange(N, device=DEVICE) // 60
+    ).expand(B, H, M, N),
+    "0 and -inf": lambda: torch.zeros(M, N, device=DEVICE).masked_fill(
+        torch.ones(M, N, device=DEVICE).triu(20) > 0, -INF
+    ).expand(B, H, M, N),
+    "bias": lambda: torch.randn(1, H, M, N, device=DEVICE, dtype=BF16).expand(B, H, M, N),
+}
+
+
+@pytest.fixture(autouse=True)
+def listed(monkeypatch):
+    monkeypatch.setattr(mask_map, "LISTS_FROM", 0)
+
+
+def listed_tiles(arguments, b, h, row, part=0):
+    """(plain tiles, partial tiles) of a row of tiles."""
+    lists, counts, stride_b, stride_h, stride_row, capacity = arguments
+    at = b * stride_b + h * stride_h + row * stride_row + part
+    tiles = lists[at * capacity : (at + 1) * capacity].tolist()
+    plains, partials = counts[2 * at : 2 * at + 2].tolist()
+    assert plains + partials <= capacity
+    return tiles[:plains], tiles[capacity - partials :][::-1]
+
+
+@pytest.mark.parametrize("transposed,group", [(False, 1), (True, 1), (True, 2)])
+@pytest.mark.parametrize("name", MASKS)
+def test_lists(name, transposed, group):
+    torch.manual_seed(0)
+    mask = MASKS[name]()
+    sees, free = (mask, mask) if mask.dtype == torch.bool else (mask != -INF, mask == 0)
+    for (left, right), (rows, columns) in itertools.product(
+        ((None, None), (-20, 30)), ((32, 64), (128, 16))
+    ):
+        tile = SimpleNamespace(BLOCK_M=rows, BLOCK_N=columns, narrow=None)
+        arguments, _ = map_of(mask, tile, M, N, left, right, transposed=transposed, group=group)
+        band = torch.ones(M, N, device=DEVICE).tril(N if right is None else right)
+        band = band.triu(-M if left is None else left) > 0
+        for b, h, m, n in itertools.product(range(B), range(H // group), range(-(-M // rows)), range(-(-N // columns))):
+            row, tile = (n, m) if transposed else (m, n)
+            plain, partial = listed_tiles(arguments, b, h, row)
+            heads = slice(h * group, (h + 1) * group)
+            at = slice(m * rows, (m + 1) * rows), slice(n * columns, (n + 1) * columns)
+            seen = (sees[b, heads] & band)[(slice(None), *at)].any()
+            assert not seen or (tile in plain) != (tile in partial)
+            if tile in plain:
+                assert (free[b, heads] & band)[(slice(None), *at)].all()
+                assert (m + 1) * rows <= M if transposed else (n + 1) * columns <= N  # whose loads are not checked
+            assert seen or tile not in plain
+            if not seen and rows * columns >= 32 * 32:
+                near = (sees[b, heads] & band)[:, at[0], at[1].start // 32 * 32 : -(-at[1].stop // 32) * 32].any()
+                assert tile not in partial or near or left is not None or right is not None
+
+
+def test_lists_of_parts_of_the_keys():
+    mask = MASKS["padding"]()
+    tile = SimpleNamespace(BLOCK_M=16, BLOCK_N=16, narrow=None)
+    arguments, _ = map_of(mask, tile, M, N, None, None, chunk=64)
+    found = [[listed_tiles(arguments, b, 0, 0, part) for part in range(3)] for b in range(B)]
+    assert found[0] == [([0, 1, 2, 3], []), ([], [4, 5]), ([], [])]  # a unit is two tiles
+    assert found[1] == [([0, 1, 2, 3], []), ([4, 5, 6, 7], []), ([], [8, 9])]
+
+
+def test_masks_are_read_once():
+    """Dimensions of size 1 stay 1, also where a caller has expanded them; a list serves all who share it."""
+    tile = SimpleNamespace(BLOCK_M=32, BLOCK_N=32, narrow=None)
+    (lists, counts, *strides, capacity), about = map_of(MASKS["padding"](), tile, M, N, None, None)
+    assert counts.numel() == 2 * B and lists.numel() == B * capacity and strides == [1, 0, 0] and about["ONE_ROW"]
+    (lists, counts, *strides, capacity), _ = map_of(MASKS["padding"](), tile, M, N, None, 0)
+    assert counts.numel() == 2 * B * 4 and strides == [4, 0, 1]
+    (lists, counts, *strides, capacity), _ = map_of(MASKS["causal"](), tile, M, N, None, None)
+    assert counts.numel() == 2 * 4 and strides == [0, 0, 1]
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window_size": (20, 5)}], ids=str)
+@pytest.mark.parametrize("name", ["causal", "padding", "documents", "0 and -inf"])
+def test_hidden_tiles_are_not_read(name, options):
+    """Forward and backward beside NaN in keys and values that no query sees, in small tiles."""
+    torch.manual_seed(0)
+    mask = MASKS[name]()[:, :2, 20:60, 30:90]
+    q, k, v = (randn(B, h, n, 16, dtype=F32) for h, n in ((2, 40), (1, 60), (1, 60)))
+    m, n = torch.arange(40, device=DEVICE)[:, None], torch.arange(60, device=DEVICE)
+    left, right = (20 - 20, 20 + 5) if "window_size" in options else (-60, 0 if options else 60)
+    sees = (n >= m + left) & (n <= m + right) & (mask if mask.dtype == torch.bool else mask != -INF)
+    hidden = ~sees.any(1, keepdim=True).any(2)
+    poisoned = [t.detach().masked_fill(hidden[..., None], NAN).requires_grad_() for t in (k, v)]
+    allowed = sees if mask.dtype == torch.bool else mask.masked_fill(~sees, -INF)
+
+    def theirs(q, k, v):
+        return torch_fused(q, k, v, allowed)[0]
+
+    expected = torch.autograd.grad(theirs(q, k, v).sum(), (q, k, v))
+    out = attention_fused(q, *poisoned, mask, enable_gqa=True, block_m=16, block_n=16, **options)
+    grads = torch.autograd.grad(out.sum(), (q, *poisoned))
+    assert torch.allclose(out, theirs(q, k, v), atol=1e-5)
+    for ours, exact in zip(grads, expected, strict=True):
+        assert torch.allclose(ours, exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_against_pytorch(name):
+    torch.manual_seed(0)
+    q, k, v = (randn(B, H, n, 24, dtype=BF16) for n in (M, N, N))
+    ours = lambda q, k, v, mask: attention_fused(q, k, v, mask, block_m=32, block_n=16)  # noqa: E731
+    compare(ours, lambda q, k, v, mask: torch_fused(q, k, v, mask)[0], q, k, v, MASKS[name]())
