@@ -262,8 +262,8 @@ def refuses(p, v, diagonal, heads, transposed, scale, dtype, block_m, block_n):
         return "the tile is the caller's"
     if bits == 64 or bits == 32 and dot_precision(p.dtype, p.device) == "tf32" or not p.dtype == v.dtype == dtype:
         return "neither 16 bits nor float32 in full"
-    if transposed or diagonal is not None or not 0 < D <= MAX_HEAD_DIM[bits]:  # run() takes causal ones: not measured
-        return "transposed or causal weights, or a wide head dim"
+    if transposed or not 0 < D <= MAX_HEAD_DIM[bits]:
+        return "transposed weights, or a wide head dim"
     if B * H * M * N < MIN_WORK or B * H * triton.cdiv(M, 256) < MIN_WAVES * processors(p.device):
         return "too few weights to be worth the descriptors, or too few queries to fill the GPU"
     if D % (128 // bits) or not addressable(p) or bits == 16 and not addressable(v):
