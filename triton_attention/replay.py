@@ -53,8 +53,8 @@ class _Recorder(TorchDispatchMode):
 
 class Recording:
     """What a launcher did. `taken` is the memory that it took: (size, stride, dtype) of a tensor that it returned, or
-    where the rest is in `scratch` bytes, taken at once; `returned` says which are its results, and of None is the number
-    past the last; `launches` are (compiled kernel on its grid, arguments, [(argument, which address, bytes from
+    where the rest is in `scratch` bytes, taken at once; `returned` says which are its results, with the number past the
+    last for None; `launches` are (compiled kernel on its grid, arguments, [(argument, which address, bytes from
     there)]). Among the arguments, a descriptor stands for those of other memory."""
 
     def __init__(self, taken, scratch, returned, launches):
@@ -200,7 +200,8 @@ def _understand(recorder, tensors, out):
     results_at = {(t.data_ptr(), *what): i for i, (t, what) in enumerate(zip(recorder.fresh, fresh, strict=True))}
     results = out if isinstance(out, tuple) else (out,)
     returned = [
-        len(fresh) if t is None else results_at.get((t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)) for t in results
+        len(fresh) if t is None else results_at.get((t.data_ptr(), tuple(t.shape), t.stride(), t.dtype))
+        for t in results
     ]
     if None in returned:
         return False
