@@ -414,7 +414,8 @@ def test_gpu_values_hopper(dtype):
     def run(p, v, scale=1.0):
         return kernels.run(p, v, None, p.shape[1], False, scale, v.dtype, None, None)
 
-    shapes = [(1, 1, 1, 1, 8, 8), (2, 4, 2, 300, 328, 64), (1, 6, 2, 65, 1000, 40), (2, 20, 4, 1100, 512, 128)]
+    wide = kernels.MAX_HEAD_DIM[8 * dtype.itemsize]
+    shapes = [(1, 1, 1, 1, 8, 8), (2, 4, 2, 300, 328, 64), (1, 6, 2, 65, 1000, 40), (2, 20, 4, 1100, 512, wide)]
     for B, H, Hk, M, N, D in shapes:
         p = torch.randn(B, H, M, N + 8, device=DEVICE).softmax(-1).to(dtype)[..., :N]
         v = torch.randn(B, N, Hk, D + 8, device=DEVICE, dtype=dtype)[..., :D].transpose(1, 2)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from triton_attention.device import processors
+from triton_attention.device import TRITON, processors
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,6 +34,7 @@ from triton_attention.nan_repair import repair
 from triton_attention.tile_choice import dot_precision, tile_for
 
 MIN_WORK = 1 << 26  # elements of P from which the GPU is busy for longer than the host with its descriptors
+MAX_HEAD_DIM = {16: 128, 32: 128 if TRITON < (3, 9) else 64}  # by bits; wider float32 spills with that ptxas
 MIN_WAVES = 2  # tiles of 256 queries a multiprocessor; fewer leave much of the GPU idle
 
 
@@ -181,8 +182,8 @@ def refuses(p, v, diagonal, heads, transposed, scale, dtype, block_m, block_n):
         return "the tile is the caller's"
     if bits == 64 or bits == 32 and dot_precision(p.dtype, p.device) == "tf32" or not p.dtype == v.dtype == dtype:
         return "neither 16 bits nor float32 in full"
-    if transposed or diagonal is not None or not 0 < D <= 128:
-        return "transposed or causal weights, or a head dim above 128"
+    if transposed or diagonal is not None or not 0 < D <= MAX_HEAD_DIM[bits]:
+        return "transposed or causal weights, or a wide head dim"
     if B * H * M * N < MIN_WORK or B * H * triton.cdiv(M, 256) < MIN_WAVES * processors(p.device):
         return "too few weights to be worth the descriptors, or too few queries to fill the GPU"
     if D % (128 // bits) or not addressable(p) or bits == 16 and not addressable(v):
