@@ -138,6 +138,9 @@ def possible(c):
     if c.cotangents[0] == "one number" and c.dtype == F32 and not INTERPRETED:
         # tensor cores round towards zero, which adds up over all of O, in one direction
         c.wants = [name for name in c.wants if name != "sinks"]
+    if c.cotangents[0] == "one number" and c.mask and c.fill in (-1e9, "finfo.min"):
+        # rows of one large constant are all alike: what rounding leaves of their dS adds up in one direction
+        c.wants = [name for name in c.wants if name != "mask"]
     if c.cotangents[0] == "one number" and c.N == 1:
         # every weight is 1: dV adds up one number, which rounds in one direction as often as it is added
         c.cotangents = ("plain", None)
