@@ -12,6 +12,7 @@ float32, some kinds of mask and most builds for unaligned rows.
 
 import argparse
 import contextlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from triton_attention import mask_map, tiles  # noqa: E402
+from triton_attention import tiles  # noqa: E402
 from triton_attention.dropout import dropout_op  # noqa: E402
 from triton_attention.fused_backward import fused_backward_op
 from triton_attention.fused_bias import fused_bias_gradient_op  # noqa: E402
@@ -48,7 +49,6 @@ from triton_attention_values import values_op  # noqa: E402
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 PARTS = {  # kernels that a launcher runs besides or instead of one that bears its name
     "_nonzero_kernel": ", NaN repair", "_merge_kernel": ", merge", "_dq_kernel": ", dQ", "_dkdv_kernel": ", dK dV",
-    "_classify_kernel": ", map", "_list_kernel": ", lists",
     "_split_kernel": ", parts", "_preprocess_kernel": ", before", "_postprocess_kernel": ", after",
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -313,14 +313,13 @@ def launches(architecture, quick=False):
             for kind, diagonal, fill in (("", None, None), (" causal", 0, 0.0), (" causal, unfilled", 0, None)):
                 yield f"scores on Hopper bfloat16 D{D}{kind}", scores.run, (q, q, 0.125, diagonal, fill, None, None)
             if D <= 128:
-                q32 = q.float()
-                for kind, diagonal in (("", None), (" causal", 0)):
-                    label = f"scores on Hopper float32 D{D}{kind}"
-                    yield label, scores.run, (q32, q32, 0.125, diagonal, diagonal, None, None)
-                for x in (q, q32):
-                    p, label = x.new_zeros(1, 2, 256, 256), f"values on Hopper {str(x.dtype)[6:]} D{D}"
-                    if D <= values.MAX_HEAD_DIM[8 * x.element_size()]:
-                        yield label, values.run, (p, x, None, 2, False, 1.0, x.dtype, None, None)
+                for dtype, diagonal in itertools.product((torch.bfloat16, torch.float32), (None, 0)):
+                    x, p = q.to(dtype), torch.zeros(1, 2, 256, 256, dtype=dtype)
+                    label = f"on Hopper {str(dtype)[6:]} D{D}{'' if diagonal is None else ' causal'}"
+                    if dtype == torch.float32:
+                        yield f"scores {label}", scores.run, (x, x, 0.125, diagonal, diagonal, None, None)
+                    if D <= values.MAX_HEAD_DIM[8 * dtype.itemsize]:
+                        yield f"values {label}", values.run, (p, x, diagonal, 2, False, 1.0, dtype, None, None)
             kinds = (("full", None, None), ("causal", None, 0), ("window", -64, 0))[: 2 if quick else 3]
             for kind, left, right in (*kinds, *(() if quick else (("causal, unaligned", None, 10),))):
                 arguments = (q, q, q, *none, *scalars, left, right, None, None)
@@ -387,7 +386,6 @@ def all_launches(name, quick):
 def rows(name, quick):
     """The table for one GPU: [(label, registers, spills, shared KiB, problem or "")]."""
     tiles.NVIDIA = tl.constexpr(name.startswith("sm_"))  # so a process compiles for one GPU
-    mask_map.LISTS_FROM = 0
     out = []
     for label, launcher, arguments in all_launches(name, quick):
         with compiling_for(name) as built:

@@ -117,28 +117,32 @@ def check_scores(source=None, keys=420, right=None, fill=None, **options):
     return torch.allclose(found, expected, atol=1e-5 if options.get("parts") else 1e-4, equal_nan=True)
 
 
-def values(p, v, scale, block_m=128, stages=2, programs=2, parts=1, source=None):
+def values(p, v, scale, right=None, block_m=128, stages=2, programs=2, section=1, parts=1, source=None):
     """(O, whether it has a NaN for each half of a tile) of the kernel; p [B, H, M, N], v [B, Hk, N, D], D up to 64."""
     kernel = load(source or VALUES.read_text())
     (B, H, M, N), Hk, rows = p.shape, v.shape[1], block_m // 2
     o, has_nan = torch.full((B, H, M, v.shape[3]), torch.nan), torch.full((B * H * -(-M // rows),), 9, dtype=torch.int8)
     arguments = (
         Descriptor(p, rows, 64), Descriptor(split(v) if parts == 3 else v, 64, 64), Descriptor(o, rows, 64),
-        Pointer(has_nan), scale, H, H // Hk, M, N, B * H * -(-M // block_m), rows, 64, 64, stages, parts, 0, 0,
+        Pointer(has_nan), scale, H, H // Hk, M, N, right or 0, B * H * -(-M // block_m), B * H, section,
+        right is not None, rows, 64, 64, stages, parts, 0, 0,
     )
     current.size, current.first = programs, 128
     run_threads([(number, kernel._values_hopper_kernel, arguments) for number in range(programs)])
     return o, has_nan
 
 
-def check_values(source=None, keys=420, **options):
-    """As check: whether the values are right, and where they are NaN is known."""
+def check_values(source=None, keys=420, right=None, **options):
+    """As check: whether the values are right, and where they are NaN is known; the future of P is NaN."""
     torch.manual_seed(0)
-    p, v = torch.randn(1, 2, 300, keys), torch.randn(1, 1, keys, 40)
+    p, v = torch.randn(1, 3, 300, keys), torch.randn(1, 1, keys, 40)
     p[0, 1, 70, 3] = torch.nan
-    o, has_nan = values(p, v, -0.2, source=source, **options)
-    nans = [tile.isnan().any() for head in o[0] for tile in head.split(options.get("block_m", 128) // 2)]
-    near = torch.allclose(o, -0.2 * p @ v, atol=1e-5 if options.get("parts") else 1e-4, equal_nan=True)
+    seen = p if right is None else p.tril(right)
+    future = torch.zeros_like(p) if right is None else torch.ones_like(p).triu(right + 1)
+    o, has_nan = values(p.masked_fill(future > 0, torch.nan), v, -0.2, right, source=source, **options)
+    near = torch.allclose(o, -0.2 * seen @ v, atol=1e-5 if options.get("parts") else 1e-4, equal_nan=True)
+    order = slice(None) if right is None else slice(None, None, -1)
+    nans = [t.isnan().any() for head in o[0] for t in head.split(options.get("block_m", 128) // 2)[order]]
     return near and has_nan.tolist() == nans
 
 
@@ -202,6 +206,8 @@ CASES = [
     {"only": "scores", "right": -150, "fill": -torch.inf, "span": 5}, {"only": "scores", "right": 420},
     {"only": "scores", "right": 64, "fill": 0.0, "span": 5, "stages": 1},
     {"only": "values"}, {"only": "values", "block_m": 256, "programs": 1, "stages": 3}, {"only": "values", "parts": 3},
+    {"only": "values", "right": 0, "section": 2}, {"only": "values", "right": 130, "programs": 4, "parts": 3},
+    {"only": "values", "right": -150, "programs": 3}, {"only": "values", "right": 420, "section": 3, "stages": 3},
     {"only": "scores", "parts": 3, "stages": 1}, {"only": "scores", "parts": 3, "right": 0, "fill": -torch.inf},
 ]
 _SCORES, _VALUES = {"only": "scores", "span": 5}, {"only": "values"}
@@ -256,6 +262,7 @@ BUGS = {  # name: (mark of a line in the kernel, what is done to it (see plant),
     "a part of the queries twice": ("parts", (r"low, ", "middle, "), {**_SCORES, "parts": 3}),
     "P and V not waited for": ("wait-full", DROP, _VALUES),
     "P and V overwritten": ("acquire", DROP, _VALUES),
+    "weights of the future": ("diagonal", (r"<=", "<"), {**_VALUES, "right": 0}),
     "O of values overwritten while it is stored": ("wait-o", DROP, _VALUES),
     "a part of the weights twice": ("parts", (r"low, ", "middle, "), {**_VALUES, "parts": 3}),
     "scores of the future left as they are": ("future", (r"<=", "<"), {**_SCORES, "right": 0, "fill": 0.0}),

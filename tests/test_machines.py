@@ -411,8 +411,8 @@ def test_gpu_scores_hopper(dtype):
 def test_gpu_values_hopper(dtype):
     kernels = hopper_kernels("values", DEVICE)
 
-    def run(p, v, scale=1.0):
-        return kernels.run(p, v, None, p.shape[1], False, scale, v.dtype, None, None)
+    def run(p, v, scale=1.0, diagonal=None):
+        return kernels.run(p, v, diagonal, p.shape[1], False, scale, v.dtype, None, None)
 
     wide = kernels.MAX_HEAD_DIM[8 * dtype.itemsize]
     shapes = [(1, 1, 1, 1, 8, 8), (2, 4, 2, 300, 328, 64), (1, 6, 2, 65, 1000, 40), (2, 20, 4, 1100, 512, wide)]
@@ -421,6 +421,12 @@ def test_gpu_values_hopper(dtype):
         v = torch.randn(B, N, Hk, D + 8, device=DEVICE, dtype=dtype)[..., :D].transpose(1, 2)
         compare(run, torch_values, p, v)
         compare(lambda p, v: run(p, v, -0.5), lambda p, v: torch_values(-0.5 * p, v), p, v)
+        for diagonal in (0, 70, -100, 5000):
+            future = torch.ones(M, N, device=DEVICE).triu(diagonal + 1) > 0
+            compare(
+                lambda p, v, d=diagonal, future=future: run(p.masked_fill(future, NAN), v, 1.0, d),
+                lambda p, v, d=diagonal: torch_values(p.tril(d), v), p, v,
+            )
         p[-1, -1, -1, 3:] = 0.0  # 0 * NaN is 0, anything else with a NaN is NaN
         expected = run(p, v)
         v = v.clone()

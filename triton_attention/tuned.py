@@ -46,9 +46,11 @@ TILES = {
     ("values", "sm_90", 16, 128, True): Tile(128, 64, 128, 8, 4),  # 0.38, transposed 0.38
     ("values", "sm_90", 32, 64, None): Tile(128, 32, 64, 4, 3),  # 2.18, transposed 2.27
     ("values hopper", "sm_90", 16, 64, None): Tile(256, 128, 64, 4, 2, registers=240),  # 0.52
+    ("values hopper", "sm_90", 16, 64, True): Tile(256, 64, 64, 4, 4, registers=240),
     ("values hopper", "sm_90", 16, 128, None): Tile(256, 64, 128, 4, 3, registers=240),  # 0.56
     ("values hopper", "sm_90", 32, 64, None): Tile(128, 64, 64, 4, 3, registers=240),  # 1.52
     ("values hopper", "sm_90", 32, 128, None): Tile(128, 32, 128, 4, 4, registers=240),  # 2.36
+    ("values hopper", "sm_90", 32, 128, True): Tile(128, 16, 128, 4, 6, registers=240),
     ("dscores", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 2),  # 1.34 and 1.38 with SPAN 4 and 16
     ("dscores", "sm_90", 16, 128, None): Tile(64, 64, 128, 4, 2, SPAN=16),  # 1.52
     ("fused", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.66
