@@ -35,9 +35,9 @@ from triton_attention.fused_bias import fused_bias_gradient_op
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments, paired
 from triton_attention.launch import empty_heads, launch, strided
 from triton_attention.logits import (
-    Band, Options, exponential, key_range, listed, load_mask, logits, lowest, start_of, steps, store_pair,
+    Band, Options, exponential, key_range, listed, listed_tile, load_mask, logits, lowest, start_of, steps, store_pair,
 )
-from triton_attention.mask_map import map_of
+from triton_attention.mask_map import map_of, units_of
 from triton_attention.merge import count_splits, merge_attention, merge_splits  # noqa: F401  public here
 from triton_attention.operators import Function, define_op, differentiate, fold, replayable, unfold
 from triton_attention.tile_choice import compile_options, tile_for
@@ -57,8 +57,10 @@ def _fwd_inner(
     BLOCK_N: tl.constexpr = OPTIONS.NARROW if MASKED else OPTIONS.BLOCK_N
     offs_d, offs_e = tl.arange(0, OPTIONS.BLOCK_D), tl.arange(0, OPTIONS.BLOCK_DV)
     first, last, gap = steps(visits, OPTIONS.BLOCK_N, MASKED, OPTIONS)
+    tile = listed_tile(visits, first, OPTIONS.BLOCK_N, MASKED, OPTIONS)
     for at in range(first, last, BLOCK_N):
-        start_n = start_of(visits, at, gap, OPTIONS.BLOCK_N, MASKED, OPTIONS)
+        start_n = start_of(visits, at, gap, tile, OPTIONS.BLOCK_N, MASKED, OPTIONS)
+        tile = listed_tile(visits, at + BLOCK_N, OPTIONS.BLOCK_N, MASKED, OPTIONS)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_head, offs_n, offs_d, PRECISION, MASKED, OPTIONS.D != OPTIONS.BLOCK_D)
         mask = load_mask(band, q.offs, offs_n, 0, MASKED, OPTIONS)
@@ -241,7 +243,7 @@ def fused_op(
     splits = count_splits(programs, N, tile.BLOCK_N, q.device)
     chunk = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
     splits = triton.cdiv(N, chunk)
-    lists, listing = map_of(mask, tile, M, N, left, right, chunk=chunk)
+    lists, listing = map_of(mask, units_of(mask), tile, M, N, left, right, chunk=chunk)
     q, k, v = in_parts(constants["PRECISION"], q, k, v)
     part, part_stats = o[None], stats
     if splits > 1:

@@ -8,7 +8,7 @@ import torch
 
 from tests.reference import BF16, DEVICE, F32, INF, NAN, compare, randn, torch_fused
 from triton_attention import mask_map
-from triton_attention.mask_map import map_of
+from triton_attention.mask_map import map_of, units_of
 from triton_attention_fused import attention_fused
 
 B, H, M, N = 2, 4, 100, 150
@@ -42,6 +42,10 @@ def listed_tiles(arguments, b, h, row, part=0):
     return tiles[:plains], tiles[capacity - partials :][::-1]
 
 
+def lists_of(mask, *args, **options):
+    return map_of(mask, units_of(mask), *args, **options)
+
+
 @pytest.mark.parametrize("transposed,group", [(False, 1), (True, 1), (True, 2)])
 @pytest.mark.parametrize("name", MASKS)
 def test_lists(name, transposed, group):
@@ -52,7 +56,7 @@ def test_lists(name, transposed, group):
         ((None, None), (-20, 30)), ((32, 64), (128, 16))
     ):
         tile = SimpleNamespace(BLOCK_M=rows, BLOCK_N=columns, narrow=None)
-        arguments, _ = map_of(mask, tile, M, N, left, right, transposed=transposed, group=group)
+        arguments, _ = lists_of(mask, tile, M, N, left, right, transposed=transposed, group=group)
         band = torch.ones(M, N, device=DEVICE).tril(N if right is None else right)
         band = band.triu(-M if left is None else left) > 0
         for b, h, m, n in itertools.product(range(B), range(H // group), range(-(-M // rows)), range(-(-N // columns))):
@@ -74,7 +78,7 @@ def test_lists(name, transposed, group):
 def test_lists_of_parts_of_the_keys():
     mask = MASKS["padding"]()
     tile = SimpleNamespace(BLOCK_M=16, BLOCK_N=16, narrow=None)
-    arguments, _ = map_of(mask, tile, M, N, None, None, chunk=64)
+    arguments, _ = lists_of(mask, tile, M, N, None, None, chunk=64)
     found = [[listed_tiles(arguments, b, 0, 0, part) for part in range(3)] for b in range(B)]
     assert found[0] == [([0, 1, 2, 3], []), ([], [4, 5]), ([], [])]  # a unit is two tiles
     assert found[1] == [([0, 1, 2, 3], []), ([4, 5, 6, 7], []), ([], [8, 9])]
@@ -83,11 +87,11 @@ def test_lists_of_parts_of_the_keys():
 def test_masks_are_read_once():
     """Dimensions of size 1 stay 1, also where a caller has expanded them; a list serves all who share it."""
     tile = SimpleNamespace(BLOCK_M=32, BLOCK_N=32, narrow=None)
-    (lists, counts, *strides, capacity), about = map_of(MASKS["padding"](), tile, M, N, None, None)
+    (lists, counts, *strides, capacity), about = lists_of(MASKS["padding"](), tile, M, N, None, None)
     assert counts.numel() == 2 * B and lists.numel() == B * capacity and strides == [1, 0, 0] and about["ONE_ROW"]
-    (lists, counts, *strides, capacity), _ = map_of(MASKS["padding"](), tile, M, N, None, 0)
+    (lists, counts, *strides, capacity), _ = lists_of(MASKS["padding"](), tile, M, N, None, 0)
     assert counts.numel() == 2 * B * 4 and strides == [4, 0, 1]
-    (lists, counts, *strides, capacity), _ = map_of(MASKS["causal"](), tile, M, N, None, None)
+    (lists, counts, *strides, capacity), _ = lists_of(MASKS["causal"](), tile, M, N, None, None)
     assert counts.numel() == 2 * 4 and strides == [0, 0, 1]
 
 

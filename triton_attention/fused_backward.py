@@ -26,10 +26,10 @@ from triton_attention.float32 import in_parts, load_rows, map_finite, product, r
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments
 from triton_attention.launch import launch, strided
 from triton_attention.logits import (
-    Band, Options, exponential, key_range, listed, load_mask, load_pair, logits, query_range, start_of, steps,
-    store_pair,
+    Band, Options, exponential, key_range, listed, listed_tile, load_mask, load_pair, logits, query_range, start_of,
+    steps, store_pair,
 )
-from triton_attention.mask_map import map_of
+from triton_attention.mask_map import map_of, units_of
 from triton_attention.operators import define_op
 from triton_attention.tile_choice import compile_options, tile_for
 from triton_attention.tiles import (
@@ -122,8 +122,10 @@ def _dq_inner(
     BLOCK_N: tl.constexpr = OPTIONS.NARROW if MASKED else OPTIONS.BLOCK_N
     offs_d, offs_e = tl.arange(0, OPTIONS.BLOCK_D), tl.arange(0, OPTIONS.BLOCK_DV)
     first, last, gap = steps(visits, OPTIONS.BLOCK_N, MASKED, OPTIONS)
+    tile = listed_tile(visits, first, OPTIONS.BLOCK_N, MASKED, OPTIONS)
     for at in range(first, last, BLOCK_N):
-        start_n = start_of(visits, at, gap, OPTIONS.BLOCK_N, MASKED, OPTIONS)
+        start_n = start_of(visits, at, gap, tile, OPTIONS.BLOCK_N, MASKED, OPTIONS)
+        tile = listed_tile(visits, at + BLOCK_N, OPTIONS.BLOCK_N, MASKED, OPTIONS)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_head, offs_n, offs_d, PRECISION, MASKED, OPTIONS.D != OPTIONS.BLOCK_D)
         v = load_rows(v_head, offs_n, offs_e, PRECISION, MASKED, OPTIONS.DV != OPTIONS.BLOCK_DV)
@@ -246,10 +248,13 @@ def _dkdv_inner(
     M = q_heads.shape[0]
     first, last, gap = steps(visits, OPTIONS.BLOCK_M, MASKED, OPTIONS)
     tiles = tl.cdiv(last - first, BLOCK_M)
+    tile = listed_tile(visits, first, OPTIONS.BLOCK_M, MASKED, OPTIONS)
     for step in range(0, GROUP * tiles):
         off_g = step // tiles if GROUP > 1 else 0
         off_h, at = first_h + off_g, first + (step - off_g * tiles) * BLOCK_M
-        start_m = start_of(visits, at, gap, OPTIONS.BLOCK_M, MASKED, OPTIONS)
+        start_m = start_of(visits, at, gap, tile, OPTIONS.BLOCK_M, MASKED, OPTIONS)
+        following = tl.where((step + 1) % tiles == 0, first, at + BLOCK_M)
+        tile = listed_tile(visits, following, OPTIONS.BLOCK_M, MASKED, OPTIONS)
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q_head = head(*q_heads, off_b, off_h)
         q = load_rows(q_head, offs_m, offs_d, PRECISION, MASKED, OPTIONS.D != OPTIONS.BLOCK_D)
@@ -363,8 +368,9 @@ def fused_backward_op(
     variant = ", few" if M <= FEW_QUERIES else variant
     dtype = q.dtype
     do, q, k, v = in_parts(constants["PRECISION"], do, q, k, v)
+    units = units_of(mask)
     tile = tile_for(f"fused dq{variant}", dtype, width, right is not None, q.device)
-    lists, listing = map_of(mask, tile, M, N, left, right)
+    lists, listing = map_of(mask, units, tile, M, N, left, right)
     launch(
         _dq_kernel, B * H * triton.cdiv(M, tile.BLOCK_M),
         *strided(do, q, k, v, o, mask), *lists, sinks, 0 if sinks is None else sinks.stride(0),
@@ -374,7 +380,7 @@ def fused_backward_op(
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile, q.device),
     )
     tile = tile_for(f"fused dkdv{variant}", dtype, width, right is not None, q.device)
-    lists, listing = map_of(mask, tile, M, N, left, right, transposed=True, group=H // Hk)
+    lists, listing = map_of(mask, units, tile, M, N, left, right, transposed=True, group=H // Hk)
     launch(
         _dkdv_kernel, B * Hk * triton.cdiv(N, tile.BLOCK_N),
         *strided(do, q, k, v, mask), *lists, record, *strided(dk, dv),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from triton_attention.tiles import LN2, LOG2E, Matrix  # noqa: F401  LN2 is for others
+from triton_attention.tiles import LN2, LOG2E, Matrix, exp  # noqa: F401  LN2 is for others
 
 
 class Options(NamedTuple):
@@ -126,11 +126,25 @@ def steps(visits, SIZE: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexp
 
 
 @triton.jit
-def start_of(visits, at, gap, SIZE: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr):
-    """Where the tile begins that such a loop is at; SIZE is that of a listed one."""
+def listed_tile(visits, at, SIZE: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr):
+    """The tile of SIZE on the list for such a loop at `at`.
+
+    A loop loads it a step ahead and carries it along. Loaded in the step where it is used, Triton's pipeline would
+    fetch the list in one stage and keys in the next, and have them no sooner than they are needed.
+    """
     if OPTIONS.LISTED:
         number = at // SIZE
-        tile = tl.load(visits.list_ptr + (visits.capacity - 1 - number if MASKED else number))
+        count = visits.partials if MASKED else visits.plains
+        place = visits.capacity - 1 - number if MASKED else number
+        return tl.load(visits.list_ptr + place, mask=number < count, other=0)
+    else:
+        return 0
+
+
+@triton.jit
+def start_of(visits, at, gap, tile, SIZE: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr):
+    """Where the tile begins that such a loop is at; tile is what listed_tile() returned for it."""
+    if OPTIONS.LISTED:
         return tl.multiple_of(tile * SIZE + at % SIZE, 16)
     elif MASKED:
         return at + tl.where(at < visits.bounds[1], 0, gap)
@@ -160,16 +174,15 @@ def load_mask(band, offs_m, offs_n, M_AXIS: tl.constexpr, MASKED: tl.constexpr, 
     """
     if MASKED and (OPTIONS.HAS_MASK or OPTIONS.HAS_BIAS):
         ptr, strides, shape = band.mask
-        other: tl.constexpr = float("-inf") if OPTIONS.HAS_BIAS else 0
         if OPTIONS.ONE_ROW:
-            keys = tl.load(ptr + offs_n.to(tl.int64) * strides[1], mask=offs_n < shape[1], other=other)
+            keys = tl.load(ptr + offs_n.to(tl.int64) * strides[1], mask=offs_n < shape[1], other=0)
             tile = tl.expand_dims(keys, M_AXIS)
         else:
             inside = offs_n < shape[1]
             if OPTIONS.ALIGNED:  # the same, but for Triton too the same for 16 keys, so that a thread loads several
                 inside = offs_n // 16 * 16 < shape[1]
             ptrs = ptr + offs_m.to(tl.int64)[:, None] * strides[0] + offs_n[None, :] * strides[1]
-            tile = tl.load(ptrs, mask=(offs_m < shape[0])[:, None] & inside[None, :], other=other)
+            tile = tl.load(ptrs, mask=(offs_m < shape[0])[:, None] & inside[None, :], other=0)
             if M_AXIS == 1:
                 tile = tl.trans(tile)
         return tile
@@ -191,17 +204,18 @@ def logits(qk, m, n, band, mask, scale, MASKED: tl.constexpr, OPTIONS: tl.conste
     elif OPTIONS.SCALED:
         x = qk * scale
     if MASKED:
-        keep = (n < band.mask.shape[1]) & (m >= 0)
+        if OPTIONS.HAS_MASK:  # False outside of it
+            keep = mask.to(tl.int1)  # for Inductor a bool tensor is one of bytes
+        elif OPTIONS.HAS_BIAS:  # 0 outside of it
+            bias = mask.to(qk.dtype)
+            keep = (bias != float("-inf")) & (n < band.mask.shape[1])
+            x = x + bias if OPTIONS.SOFTCAP > 0.0 else tl.fma(qk, tl.cast(scale, qk.dtype), bias)
+        else:
+            keep = (n < band.mask.shape[1]) & (m >= 0)
         if OPTIONS.RIGHT:
             keep = keep & (n <= m + band.right)
         if OPTIONS.LEFT:
             keep = keep & (n >= m + band.left)
-        if OPTIONS.HAS_MASK:
-            keep = keep & mask.to(tl.int1)  # for Inductor a bool tensor is one of bytes
-        if OPTIONS.HAS_BIAS:
-            bias = mask.to(qk.dtype)
-            keep = keep & (bias != float("-inf"))
-            x = x + bias
         x = tl.where(keep, x, float("-inf"))
     return x, raw
 
@@ -216,8 +230,10 @@ def exponential(x, raw, top, scale, MASKED: tl.constexpr, OPTIONS: tl.constexpr)
     """
     if not OPTIONS.SCALED:
         return tl.exp2(x * (scale * LOG2E) - top * LOG2E)
-    elif OPTIONS.HAS_BIAS:
+    elif OPTIONS.HAS_BIAS and OPTIONS.EXACT:
         return tl.exp(x - top)
+    elif OPTIONS.HAS_BIAS:  # a row with a tile of zeros in its mask has no maximum of -1e9 that needs the difference
+        return exp(x - top) if MASKED else tl.exp2(x * LOG2E - top * LOG2E)
     else:
         factor = tl.full(raw.shape, OPTIONS.SOFTCAP, raw.dtype) if OPTIONS.SOFTCAP > 0.0 else scale
         p = tl.exp(tl.fma(raw, factor, -top))

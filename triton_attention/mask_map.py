@@ -112,8 +112,12 @@ def _once(mask):
     return mask[tuple(slice(None) if stride else slice(1) for stride in mask.stride())]
 
 
-def classify(mask):
-    """The units [b, h, M / 32, N / 32], int8, of a 4-D mask [b, h, M, N] with sizes 1 or full."""
+def units_of(mask):
+    """The units [b, h, M / 32, N / 32], int8, of a mask [B, H, M, N], expanded; each size is 1 where the mask's is.
+    None where there is no mask, or lists of its tiles are not worth making."""
+    if mask is None or mask.shape[2] * mask.shape[3] < LISTS_FROM:
+        return None
+    mask = _once(mask)
     b, h, M, N = mask.shape
     units = torch.empty(b, h, triton.cdiv(M, UNIT), triton.cdiv(N, UNIT), dtype=torch.int8, device=mask.device)
     WIDTH = 8
@@ -125,9 +129,9 @@ def classify(mask):
     return units
 
 
-def map_of(mask, tile, M, N, left, right, *, transposed=False, group=1, chunk=None):
-    """What a fused kernel with this tile takes of a mask [B, H, M, N], expanded, or None: the list of arguments
-    (lists, counts, three strides, capacity), and its constants.
+def map_of(mask, units, tile, M, N, left, right, *, transposed=False, group=1, chunk=None):
+    """What a fused kernel with this tile takes of a mask [B, H, M, N], expanded, or None, and of its units: the list of
+    arguments (lists, counts, three strides, capacity), and its constants.
 
     The list of row tile r (and part s of the keys, of `chunk` each) of head (b, h) begins at capacity * (b * strides[0]
     + h * strides[1] + r * strides[2] + s), its two counts at twice that number. transposed: rows of tiles are keys, and
@@ -139,10 +143,9 @@ def map_of(mask, tile, M, N, left, right, *, transposed=False, group=1, chunk=No
         about["NARROW"] = tile.narrow or width
         about["ONE_ROW"] = mask.stride(2) == 0
         about["ALIGNED"] = isinstance(N, int) and N % 16 == 0 and mask.stride(3) == 1
-    if mask is None or M * N < LISTS_FROM:
+    if units is None:
         return [None, None, 0, 0, 0, 0], about
-    mask = _once(mask)
-    (b, h, mask_rows), units = mask.shape[:3], classify(mask)
+    b, h, mask_rows = _once(mask).shape[:3]
     group = min(group, h)
     one_row = mask_rows == 1 and left is None and right is None and not transposed  # for all tiles of queries
     rows = 1 if one_row else triton.cdiv(N, tile.BLOCK_N) if transposed else triton.cdiv(M, tile.BLOCK_M)

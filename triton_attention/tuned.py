@@ -46,19 +46,17 @@ TILES = {
     ("values", "sm_90", 16, 128, True): Tile(128, 64, 128, 8, 4),  # 0.38, transposed 0.38
     ("values", "sm_90", 32, 64, None): Tile(128, 32, 64, 4, 3),  # 2.18, transposed 2.27
     ("values hopper", "sm_90", 16, 64, None): Tile(256, 128, 64, 4, 2, registers=240),  # 0.52
-    ("values hopper", "sm_90", 16, 64, True): Tile(256, 64, 64, 4, 4, registers=240),
-    ("values hopper", "sm_90", 16, 128, None): Tile(256, 64, 128, 4, 3, registers=240),  # 0.56
-    ("values hopper", "sm_90", 32, 64, None): Tile(128, 64, 64, 4, 3, registers=240),  # 1.52
+    ("values hopper", "sm_90", 16, 64, True): Tile(256, 64, 64, 4, 4, registers=240),  # 0.32: not used
+    ("values hopper", "sm_90", 16, 128, None): Tile(256, 64, 128, 4, 3, registers=240),  # 0.56, causal 0.35
+    ("values hopper", "sm_90", 32, 64, None): Tile(128, 64, 64, 4, 3, registers=240),  # 1.52, causal 0.94
     ("values hopper", "sm_90", 32, 128, None): Tile(128, 32, 128, 4, 4, registers=240),  # 2.36
     ("values hopper", "sm_90", 32, 128, True): Tile(128, 16, 128, 4, 6, registers=240),
     ("dscores", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 2),  # 1.34 and 1.38 with SPAN 4 and 16
     ("dscores", "sm_90", 16, 128, None): Tile(64, 64, 128, 4, 2, SPAN=16),  # 1.52
     ("fused", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.66
-    ("fused, masked", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
+    ("fused, masked", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),
     ("fused", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),  # 1.18
-    ("fused, masked", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255, narrow=32),
     ("fused", "sm_90", 16, 256, None): Tile(128, 32, 256, 8, 2, registers=255),
-    ("fused, masked", "sm_90", 16, 256, None): Tile(128, 32, 256, 8, 2, registers=255, narrow=16),
     ("fused hopper", "sm_90", 16, 64, False): Tile(128, 128, 64, 4, 2, registers=240),
     ("fused hopper", "sm_90", 16, 64, True): Tile(128, 128, 64, 4, 3, registers=240),
     ("fused hopper, long", "sm_90", 16, 64, None): Tile(192, 128, 64, 4, 2, registers=160),
@@ -69,9 +67,8 @@ TILES = {
     ("fused backward hopper", "sm_90", 16, 128, None): Tile(64, 128, 128, 8, 3, SPAN=1, registers=240),
     ("fused dq", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.68
     ("fused dq", "sm_90", 16, 64, True): Tile(64, 64, 64, 4, 3, registers=168),
-    ("fused dq, masked", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=255),
+    ("fused dq, masked", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 3, registers=168),
     ("fused dq", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),  # 1.34
-    ("fused dq, masked", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255, narrow=32),
     ("fused dq", "sm_90", 16, 256, None): Tile(32, 64, 256, 8, 1, registers=255),
     ("fused dq, masked", "sm_90", 16, 256, None): Tile(32, 64, 256, 8, 1, registers=255, narrow=32),
     ("fused dq", "sm_90, triton 3.8", 16, 256, None): Tile(32, 32, 256, 8, 1, registers=255),

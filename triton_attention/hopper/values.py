@@ -264,6 +264,8 @@ def refuses(p, v, diagonal, heads, transposed, scale, dtype, block_m, block_n):
         return "neither 16 bits nor float32 in full"
     if transposed or not 0 < D <= MAX_HEAD_DIM[bits]:
         return "transposed weights, or a wide head dim"
+    if diagonal is not None and bits == 16 and D <= 64:
+        return "causal weights with few columns of values: small tiles waste less of the diagonal"
     if B * H * M * N < MIN_WORK or B * H * triton.cdiv(M, 256) < MIN_WAVES * processors(p.device):
         return "too few weights to be worth the descriptors, or too few queries to fill the GPU"
     if D % (128 // bits) or not addressable(p) or bits == 16 and not addressable(v):
