@@ -31,9 +31,9 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from triton_attention import tiles  # noqa: E402
+from triton_attention import mask_map, tiles  # noqa: E402
 from triton_attention.dropout import dropout_op  # noqa: E402
-from triton_attention.fused_backward import fused_backward_op
+from triton_attention.fused_backward import fused_backward_op  # noqa: E402
 from triton_attention.fused_bias import fused_bias_gradient_op  # noqa: E402
 from triton_attention.mean_weights import mean_weights_op  # noqa: E402
 from triton_attention.softmax_backward import mask_gradient_op, softmax_backward_op  # noqa: E402
@@ -215,6 +215,12 @@ def stray(kernel):
     return count
 
 
+def waits_for_each(kernel):
+    """Whether ptxas lets every wgmma end before the next begins."""
+    dump = cuobjdump(kernel.asm["cubin"], "--dump-sass")
+    return len(re.findall(r"WARPGROUP\.DEPBAR", dump)) >= len(re.findall("HGMMA", dump)) > 8
+
+
 def wide_operands(kernel):
     """How many products have an operand that is laid out for a dtype narrower than its own; see hide_loads."""
     products = re.findall(r"(?:tt\.dot|warp_group_dot) .*", kernel.asm.get("ttgir", ""))
@@ -246,8 +252,9 @@ def fused_launches(dtype, D, quick):
     if not quick or (dtype, D) == (torch.bfloat16, 128):
         yield f"fused {name}, one query", fused_op, (q[:1, :8, :1], keys, keys, *(None,) * 3, *scalars, *(None,) * 4)
     allowed = torch.ones(1, 1, 256, 256, dtype=torch.bool)
-    kinds = ((None, 0, "causal"), (allowed, None, "mask"), (bias, None, "bias"))
-    for mask, right, kind in kinds[: 3 if not quick else 2 if dtype == torch.bfloat16 else 1]:
+    padding = allowed[:, :, :1].expand(1, 1, 256, 256)
+    kinds = ((None, 0, "causal"), (allowed, None, "mask"), (bias, None, "bias"), (padding, 0, "padding, causal"))
+    for mask, right, kind in kinds[: 4 if not quick else 3 if dtype == torch.bfloat16 else 1]:
         arguments = (q, k, k, mask, None, None, *scalars, None, right, None, None)
         yield f"fused {name} {kind}", fused_op, arguments
         arguments = (q, None, q, k, k, mask, None, None, q, lse, stats, *scalars, None, right)
@@ -386,6 +393,7 @@ def all_launches(name, quick):
 def rows(name, quick):
     """The table for one GPU: [(label, registers, spills, shared KiB, problem or "")]."""
     tiles.NVIDIA = tl.constexpr(name.startswith("sm_"))  # so a process compiles for one GPU
+    mask_map.LISTS_FROM = 0  # as with long masks: loops over plain tiles and over partial ones
     out = []
     for label, launcher, arguments in all_launches(name, quick):
         with compiling_for(name) as built:
@@ -403,8 +411,11 @@ def rows(name, quick):
                 problems.append("Triton has taken a named barrier of the kernel's own")
             if name_of_kernel == "_backward_kernel" and not synchronizes(kernel):
                 problems.append("a barrier is missing")
-            if "wgmma" in kernel.asm.get("ptx", "") and (strays := stray(kernel)):
-                problems.append(f"{strays} products read by a descriptor of something else")
+            if "wgmma" in kernel.asm.get("ptx", ""):
+                if strays := stray(kernel):
+                    problems.append(f"{strays} products read by a descriptor of something else")
+                if waits_for_each(kernel):
+                    problems.append("ptxas has serialized the products")
             if "elementwise_inline_asm" in (ttir := kernel.asm.get("ttir", "")) and "pure = false" in ttir:
                 problems.append("assembly with side effects: to Inductor, a kernel that writes its inputs")
             if name.startswith("sm_") and (wide := wide_operands(kernel)):

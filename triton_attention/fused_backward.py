@@ -89,11 +89,6 @@ def probs(
     p = exponential(x, raw, tl.expand_dims(record.top, 1 - M_AXIS), scale, MASKED, OPTIONS)
     if OPTIONS.PAIRED:
         p *= tl.expand_dims(record.inverse, 1 - M_AXIS)
-    if MASKED:
-        hidden = x == float("-inf")
-        if M_AXIS == 1:  # a query past the last is 0, and 0 * inf of a key is NaN
-            hidden = hidden | (tl.expand_dims(record.top, 0) == float("inf"))
-        p = tl.where(hidden, 0.0, p)
     return p, raw
 
 
@@ -253,7 +248,9 @@ def _dkdv_inner(
         off_g = step // tiles if GROUP > 1 else 0
         off_h, at = first_h + off_g, first + (step - off_g * tiles) * BLOCK_M
         start_m = start_of(visits, at, gap, tile, OPTIONS.BLOCK_M, MASKED, OPTIONS)
-        following = tl.where((step + 1) % tiles == 0, first, at + BLOCK_M)
+        following = at + BLOCK_M
+        if GROUP > 1:
+            following = tl.where(following < last, following, first)
         tile = listed_tile(visits, following, OPTIONS.BLOCK_M, MASKED, OPTIONS)
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q_head = head(*q_heads, off_b, off_h)

@@ -204,14 +204,16 @@ def logits(qk, m, n, band, mask, scale, MASKED: tl.constexpr, OPTIONS: tl.conste
     elif OPTIONS.SCALED:
         x = qk * scale
     if MASKED:
+        keep = m < band.mask.shape[0]
         if OPTIONS.HAS_MASK:  # False outside of it
-            keep = mask.to(tl.int1)  # for Inductor a bool tensor is one of bytes
-        elif OPTIONS.HAS_BIAS:  # 0 outside of it
-            bias = mask.to(qk.dtype)
-            keep = (bias != float("-inf")) & (n < band.mask.shape[1])
-            x = x + bias if OPTIONS.SOFTCAP > 0.0 else tl.fma(qk, tl.cast(scale, qk.dtype), bias)
+            visible = mask.to(tl.int1)  # for Inductor a bool tensor is one of bytes
+            keep = visible & keep if OPTIONS.ONE_ROW else visible
         else:
-            keep = (n < band.mask.shape[1]) & (m >= 0)
+            keep = keep & (n < band.mask.shape[1])
+        if OPTIONS.HAS_BIAS:
+            bias = mask.to(qk.dtype)
+            keep = keep & (bias != float("-inf"))
+            x = x + bias if OPTIONS.SOFTCAP > 0.0 else tl.fma(qk, tl.cast(scale, qk.dtype), bias)
         if OPTIONS.RIGHT:
             keep = keep & (n <= m + band.right)
         if OPTIONS.LEFT:

@@ -77,7 +77,7 @@ TILES = {
     ("fused dq, masked", "sm_120", 16, 256, None): Tile(16, 32, 256, 8, 1, registers=255),
     ("fused dkdv", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 3, registers=255),  # 1.06
     ("fused dkdv", "sm_90", 16, 128, None): Tile(32, 64, 128, 4, 3, registers=255),  # 2.09
-    ("fused dkdv, masked", "sm_90", 16, 128, None): Tile(32, 64, 128, 4, 3, registers=255, narrow=16),
+    ("fused dkdv, masked", "sm_90", 16, 128, None): Tile(32, 128, 128, 8, 3, registers=255),
     ("fused dkdv", "sm_90", 16, 256, None): Tile(32, 32, 256, 8, 1, registers=255),
     ("fused", "sm_90", 32, 64, None): Tile(128, 64, 64, 8, 2, registers=255),  # an H100: 3.88
     ("fused", "sm_90", 32, 128, None): Tile(128, 32, 128, 8, 2, registers=255),
