@@ -204,7 +204,8 @@ def logits(qk, m, n, band, mask, scale, MASKED: tl.constexpr, OPTIONS: tl.conste
     elif OPTIONS.SCALED:
         x = qk * scale
     if MASKED:
-        keep = m < band.mask.shape[0]
+        summed: tl.constexpr = m.shape[0] == 1  # along the queries, of which those past the last must not count
+        keep = m < band.mask.shape[0] if summed else m >= 0
         if OPTIONS.HAS_MASK:  # False outside of it
             visible = mask.to(tl.int1)  # for Inductor a bool tensor is one of bytes
             keep = visible & keep if OPTIONS.ONE_ROW else visible

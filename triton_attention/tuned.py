@@ -55,6 +55,7 @@ TILES = {
     ("dscores", "sm_90", 16, 128, None): Tile(64, 64, 128, 4, 2, SPAN=16),  # 1.52
     ("fused", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.66
     ("fused, masked", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),
+    ("fused, masked", "sm_90, triton 3.9", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128, narrow=32),
     ("fused", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),  # 1.18
     ("fused", "sm_90", 16, 256, None): Tile(128, 32, 256, 8, 2, registers=255),
     ("fused hopper", "sm_90", 16, 64, False): Tile(128, 128, 64, 4, 2, registers=240),
@@ -92,6 +93,7 @@ TILES = {
     ("fused dq, few", "sm_90, triton 3.9", 32, 128, None): Tile(16, 32, 128, 8, 1, registers=255),
     ("fused dkdv, few", "sm_90", 32, 64, None): Tile(32, 32, 64, 8, 1, registers=255),
     ("fused dkdv, few", "sm_90", 32, 128, None): Tile(32, 16, 128, 8, 1, registers=255),
+    ("fused dkdv, few", "sm_90, triton 3.9", 32, 64, None): Tile(32, 32, 64, 8, 1, registers=255),
     ("fused", "sm_90, triton 3.9", 32, 64, None): Tile(128, 32, 64, 8, 2, registers=255),
     ("fused, masked", "sm_90, triton 3.9", 32, 128, None): Tile(32, 32, 128, 8, 2, registers=255),
     ("fused dq", "sm_90, triton 3.9", 32, 64, None): Tile(128, 16, 64, 8, 2, registers=255),
@@ -149,7 +151,7 @@ TILES = {
     ("fused dbias", "gfx942", 32, 256, None): Tile(16, 16, 256, 8, 1),
     ("fused dq", "gfx942", 16, 64, None): Tile(64, 32, 64, 8, 1),
     ("fused dq", "gfx942", 16, 256, None): Tile(32, 32, 256, 4, 1),
-    ("fused dq, masked", "gfx942", 16, 256, None): Tile(32, 32, 256, 4, 1, narrow=16),
+    ("fused dq, masked", "gfx942", 16, 256, None): Tile(32, 16, 256, 4, 1),
     ("fused dkdv", "gfx942", 16, 64, None): Tile(32, 64, 64, 8, 1),
     ("fused dkdv", "gfx942", 16, 128, None): Tile(32, 32, 128, 4, 1),
     ("fused dkdv", "gfx942", 16, 256, None): Tile(16, 32, 256, 4, 1),
