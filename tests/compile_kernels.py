@@ -5,7 +5,7 @@
 Each launcher runs as usual, but its launches end after the compiler (Triton carries ptxas and LLVM for all targets).
 A row is a kernel: registers a thread, instructions that spill them to memory, shared memory. Spills (but not those in
 unaligned rows or with dropout), more shared memory than the GPU has, a product that reads by a stray descriptor or is
-laid out for another dtype, and what Inductor cannot see through are an error (exit 1). Minutes on two cores the first
+laid out for another dtype, and products that wait for one another are an error (exit 1). Minutes on two cores the first
 time; Triton caches the results. --quick, for the tests, builds every kernel for every GPU, but leaves out float64, wide
 float32, some kinds of mask and most builds for unaligned rows.
 """
@@ -416,8 +416,6 @@ def rows(name, quick):
                     problems.append(f"{strays} products read by a descriptor of something else")
                 if waits_for_each(kernel):
                     problems.append("ptxas has serialized the products")
-            if "elementwise_inline_asm" in (ttir := kernel.asm.get("ttir", "")) and "pure = false" in ttir:
-                problems.append("assembly with side effects: to Inductor, a kernel that writes its inputs")
             if name.startswith("sm_") and (wide := wide_operands(kernel)):
                 problems.append(f"{wide} products laid out for a narrower dtype")
             row = (label + PARTS.get(name_of_kernel, ""), registers, spills, shared, ", ".join(problems))

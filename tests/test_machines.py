@@ -1,6 +1,7 @@
 """What depends on the machine: imports without a GPU, compiling for GPUs that are not here, what only a GPU shows."""
 
 import contextlib
+import functools
 import gc
 import itertools
 import os
@@ -268,55 +269,6 @@ def test_operands_laid_out_for_a_narrower_dtype_are_counted():
     assert run.stdout.split() == ["0", "1", "0", "1", "0"], run.stderr
 
 
-INDUCTOR = """
-import importlib.util, os, pathlib
-import torch, triton
-from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
-from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as source_of
-from triton.runtime.jit import JITFunction
-from tests import compile_kernels as gate
-from triton_attention import tiles
-from triton_attention_softmax import softmax_op
-
-tiles.NVIDIA, run, copies = gate.tl.constexpr(True), JITFunction.run, {}
-
-def copy_of(kernel):
-    if kernel not in copies:
-        path = pathlib.Path(os.environ["COPIES"]) / f"{kernel.fn.__name__}.py"
-        path.write_text("import triton\\nimport triton.language as tl\\n@triton.jit\\n" + source_of(kernel))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        copies[kernel] = getattr(module, path.stem)
-    return copies[kernel]
-
-def traced(self, *args, grid, warmup, **kwargs):
-    run(copy_of(self), *args, grid=grid, warmup=True, **kwargs)
-    given = dict(zip(self.arg_names, args)) | {name: a for name, a in kwargs.items() if name in self.arg_names}
-    places = kernel_side_table.add_kernel(self), kernel_side_table.add_constant_args({})
-    print(self.fn.__name__, *get_mutated_tensors(*places, given, {}))
-    return run(self, *args, grid=grid, warmup=True, **kwargs)
-
-JITFunction.run = traced
-calls = [call for dtype in (torch.bfloat16, torch.float64) for call in gate.dropout_launches(dtype, 64, True)]
-s = torch.zeros(1, 1, 16, 64)
-calls.append(("softmax", softmax_op, (s, s > 0, None, None, None)))
-for label, launcher, arguments in calls:
-    with gate.compiling_for("sm_90"):
-        launcher(*arguments)
-"""
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="a process of its own, without a GPU")
-def test_inductor_can_copy_the_kernels_and_sees_what_they_write(tmp_path):
-    """torch.compile writes a kernel out anew with all that it names, and clones whatever it takes to be written."""
-    run = run_python(INDUCTOR, COPIES=str(tmp_path), TRITON_INTERPRET="0", PYTHONWARNINGS="error:tl.where:UserWarning")
-    backward = ["_dq_kernel record_ptr dq_ptr", "_dkdv_kernel dk_ptr dv_ptr"]
-    forward = ["_fwd_kernel o_ptr lse_ptr", "_fwd_kernel o_ptr lse_ptr stats_ptr"]
-    expected = [forward[0], *backward, forward[1], *backward, "_softmax_kernel p_ptr"]
-    assert run.stdout.splitlines() == expected, run.stdout + run.stderr[-3000:]
-
-
 DYNAMIC = """
 import torch, triton
 import triton_attention_layer
@@ -358,6 +310,25 @@ def test_gpu_refuses_what_does_not_fit():
         attention_scores(big.cpu(), big.cpu())
     with pytest.raises(ValueError, match="k must be on the device"):
         attention_scores(big, big.cpu())
+
+
+@GPU
+def test_gpu_compiled_calls_run_what_eager_calls_run():
+    """Bit for bit: on Hopper its own kernels; for odd rows (cut from 19 columns, every other of 32) none that Inductor
+    has compiled anew, one of which read memory that was not its own."""
+    q, k = (torch.randn(2, *rows, 19, device=DEVICE, dtype=F16)[..., :16] for rows in ((6, 1), (2, 174)))
+    odd = q, k, torch.randn(2, 2, 174, 32, device=DEVICE, dtype=F16)[..., ::2]
+    large = tuple(torch.randn(2, 16, 2048, 64, device=DEVICE, dtype=BF16) for _ in "qkv")
+    mask = torch.rand(2048, 2048, device=DEVICE) > 0.5
+    calls = [(odd, {"window_size": (-1, 5), "enable_gqa": True})]
+    calls += [(large, {"is_causal": True}), (large, {"attn_mask": mask})]
+    for tensors, options in calls:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        run = functools.partial(attention_fused, **options)
+        out, again = run(*leaves), torch.compile(run, fullgraph=True)(*leaves)
+        assert torch.equal(out, again)
+        grads = (torch.autograd.grad(o, leaves, torch.ones_like(o)) for o in (out, again))
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 @GPU

@@ -188,7 +188,7 @@ def _dq_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
-    scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # torch.compile passes float64
+    scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # as float64 kernels compute
     band, dropout = Band(left, right, mask), DropoutMask(dropout_p, keep_factor, seed, off_b, off_h)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -316,7 +316,7 @@ def _dkdv_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
-    scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # torch.compile passes float64
+    scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # as float64 kernels compute
     band, dropout = Band(left, right, mask_heads), DropoutMask(dropout_p, keep_factor, seed, off_b, off_hk)
 
     offs_n = start_n + tl.arange(0, BLOCK_N)

@@ -46,7 +46,7 @@ def _dbias_kernel(
     start_m, start_n = tile // col_tiles * BLOCK_M, tile % col_tiles * BLOCK_N
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
-    scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # torch.compile passes float64
+    scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # as float64 kernels compute
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)

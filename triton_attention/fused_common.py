@@ -4,7 +4,6 @@ import torch
 import triton
 
 from triton_attention.device import INTERPRETED, TRITON, architecture
-from triton_attention.operators import must_dispatch
 from triton_attention.tile_choice import dot_precision
 
 FEW_QUERIES = 16  # queries, up to which a tile of all of them reads the keys once
@@ -26,7 +25,7 @@ def misplaced(v):
     """
     if INTERPRETED or TRITON >= (3, 8) or architecture(v.device) != "sm_90":
         return False
-    if must_dispatch((v,)) or v.stride(3) != 1 or v.shape[3] % 2:  # no address yet; not the 4 bytes of a copy
+    if v.stride(3) != 1 or v.shape[3] % 2:  # not the 4 bytes of a copy
         return True
     return any(x % 16 for x in (v.data_ptr(), *v.stride()[:3]))
 

@@ -1,4 +1,4 @@
-"""Run a kernel: interpreted, compiled, or traced by torch.compile; with a word for a tile that does not fit."""
+"""Run a kernel, interpreted or compiled, with a word for a tile that does not fit."""
 
 import contextlib
 import os
@@ -10,7 +10,6 @@ import torch
 from triton_attention.device import INTERPRETED
 from triton.runtime.errors import OutOfResources
 
-from triton_attention.operators import must_dispatch
 from triton_attention.replay import note
 
 
@@ -48,9 +47,6 @@ def launch(kernel, programs, *args, device=None, **constants):
     if INTERPRETED:
         with _interpreting, numpy.errstate(all="ignore"):  # numpy warns of inf - inf, a GPU does not
             return kernel[(programs,)](*args, **constants)
-    if must_dispatch(args[:1]):
-        kernel = torch.library.wrap_triton(kernel)
-        constants.pop("maxnreg", None)  # Inductor of torch 2.11 does not know it
     device = device or args[0].device
     elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
     try:

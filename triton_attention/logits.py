@@ -207,7 +207,7 @@ def logits(qk, m, n, band, mask, scale, MASKED: tl.constexpr, OPTIONS: tl.conste
         summed: tl.constexpr = m.shape[0] == 1  # along the queries, of which those past the last must not count
         keep = m < band.mask.shape[0] if summed else m >= 0
         if OPTIONS.HAS_MASK:  # False outside of it
-            visible = mask.to(tl.int1)  # for Inductor a bool tensor is one of bytes
+            visible = mask.to(tl.int1)  # of a bool tensor, or one of bytes
             keep = visible & keep if OPTIONS.ONE_ROW else visible
         else:
             keep = keep & (n < band.mask.shape[1])

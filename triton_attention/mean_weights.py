@@ -43,7 +43,7 @@ def _mean_weights_kernel(
     tile, off_b, _ = split_program(tl.program_id(0), tl.cdiv(M, BLOCK_M) * col_tiles, 1)
     start_m, start_n = tile // col_tiles * BLOCK_M, tile % col_tiles * BLOCK_N
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    scale = tl.cast(scale, ACC)  # torch.compile passes float64
+    scale = tl.cast(scale, ACC)  # as float64 kernels compute
 
     offs_m, offs_n, offs_d = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)

@@ -1,7 +1,7 @@
 """Operators: what PyTorch knows of a launcher, and which calls of it PyTorch has to see.
 
     public function      check_* (checks.py) -> differentiate(Function, ...)
-    Function.forward     the operator (define_op): opaque to the interpreter, transparent to torch.compile
+    Function.forward     the operator (define_op), opaque to torch.compile
     operator body        tile_for (tile_choice.py) -> launch(kernel, grid, ...) (launch.py)
 """
 
@@ -101,10 +101,13 @@ def define_op(name, fake, wide=(), hopper=None):
     the numbers of the outputs that are float32 whatever the inputs are, `hopper` is the module in triton_attention/
     hopper/ that serves the operator on such a GPU, unless its refuses(*args) says why not.
 
-    Here a call is decided on, once. What PyTorch has to see goes to the dispatcher, and from there to the launcher:
-    compiled kernels are a `triton_op`, which Inductor looks into, interpreted ones a `custom_op`, which nothing may
-    trace into. A plain eager call goes past 35 us of dispatching to the kernels for this GPU or to the launcher, and
-    soon past those too (replay.py).
+    Here a call is decided on, once. What PyTorch has to see goes to the dispatcher, and from there to the launcher. A
+    plain eager call goes past 35 us of dispatching to the kernels for this GPU or to the launcher, and soon past those
+    too (replay.py).
+
+    To torch.compile an operator is opaque, a `custom_op`, and decides in compiled code as an eager call does. Inductor
+    has no way into Gluon; and the kernels that it can look into it compiles anew, with what it knows of them: without a
+    limit to registers, and with products that read memory which is not theirs.
     """
 
     def decorate(launcher):
@@ -118,27 +121,26 @@ def define_op(name, fake, wide=(), hopper=None):
                 return launcher(*args)
             return kernels.run(*args)
 
+        if hopper is None or INTERPRETED:
+            chosen = launcher
+
+        @functools.wraps(launcher)
+        def repeated(*args):
+            replay = stand_in(chosen, args, {})
+            return chosen(*args) if replay is None else replay()
+
         @functools.wraps(launcher)
         def dispatched(*args):
-            return launcher(*args) if must_dispatch(args) else chosen(*args)  # still traced, or the dispatcher's call
+            return launcher(*args) if must_dispatch(args) else repeated(*args)  # what jvp has to see, still does
 
-        if hopper is None or INTERPRETED:
-            chosen = dispatched = launcher
-
-        if INTERPRETED:
-            op = torch.library.custom_op(f"triton_attention::{name}", launcher, mutates_args=())
-        else:
-            op = torch.library.triton_op(f"triton_attention::{name}", dispatched, mutates_args=())
-        op.register_fake(fake)  # that of triton_op is the launcher, which asks too much of a dynamic length
+        op = torch.library.custom_op(f"triton_attention::{name}", dispatched, mutates_args=())
+        op.register_fake(fake)
 
         overload = getattr(torch.ops.triton_attention, name).default  # which Dynamo knows wherever it comes from
 
         @functools.wraps(launcher)
         def call(*args):
-            if must_dispatch(args):
-                return overload(*args)
-            replay = stand_in(chosen, args, {})
-            return chosen(*args) if replay is None else replay()
+            return overload(*args) if must_dispatch(args) else repeated(*args)
 
         call.op = op
         return call

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2.0))
-# whether a product is one of NVIDIA's; Inductor compiles where no driver can be asked
+# whether a product is one of NVIDIA's
 NVIDIA = tl.constexpr(torch.version.cuda is not None and not triton.knobs.runtime.interpret)
 
 
@@ -73,8 +73,7 @@ def hide_loads(x, OPTIONS: tl.constexpr):
     For mma.sync, Triton lays an operand out for the narrowest load among its elementwise ancestors, 8 bits of a bool
     mask, and halves that where bits are joined. Float64 then does not compile, and a product over fewer columns than
     the layout has is wrong (Triton 3.6 to 3.9). A function with side effects, here one that does nothing, ends the
-    search. (Inline assembly with side effects would too; for Inductor that is a kernel which writes all its inputs.)
-    Operands of Blackwell's tcgen05 lie in shared memory, and Triton's pipeline for it refuses such a function.
+    search. Operands of Blackwell's tcgen05 lie in shared memory, and Triton's pipeline for it refuses such a function.
     """
     if OPTIONS.TCGEN05 and x.shape[0] % 64 == 0:
         return x
@@ -206,7 +205,7 @@ def load_logits(
     s = load_scores(*scores, offs_m, offs_n, diagonal, float("-inf"), CAUSAL).to(ACC)
     if HAS_MASK:
         allowed = load_scores(*mask, offs_m, offs_n, diagonal, False, CAUSAL)
-        s = tl.where(allowed.to(tl.int1), s, float("-inf"))  # for Inductor a bool tensor is one of bytes
+        s = tl.where(allowed.to(tl.int1), s, float("-inf"))  # of a bool tensor, or one of bytes
     if HAS_BIAS:
         bias = load_scores(*mask, offs_m, offs_n, diagonal, float("-inf"), CAUSAL).to(ACC)
         s = tl.where(bias == float("-inf"), float("-inf"), s + bias)

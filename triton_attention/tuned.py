@@ -55,7 +55,7 @@ TILES = {
     ("dscores", "sm_90", 16, 128, None): Tile(64, 64, 128, 4, 2, SPAN=16),  # 1.52
     ("fused", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.66
     ("fused, masked", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),
-    ("fused, masked", "sm_90, triton 3.9", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128, narrow=32),
+    ("fused, masked", "sm_90, triton 3.8", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128, narrow=32),
     ("fused", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),  # 1.18
     ("fused", "sm_90", 16, 256, None): Tile(128, 32, 256, 8, 2, registers=255),
     ("fused hopper", "sm_90", 16, 64, False): Tile(128, 128, 64, 4, 2, registers=240),
