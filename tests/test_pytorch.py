@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import numpy
 import pytest
 import torch
+import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -153,7 +154,7 @@ def test_compile_with_masks(dynamic):
     options = {"fullgraph": True, "dynamic": dynamic, "backend": BACKEND}
     for ours, theirs in list(ATTENTION.values())[:2]:
         compiled = torch.compile(ours, **options)
-        for mask in masks[: 1 if dynamic else 2]:
+        for mask in masks:
             compare(lambda *a, f=compiled, m=mask: f(*a, m), lambda *a, f=theirs, m=mask: f(*a, m), q, k, v)
     layer = TritonMultiheadAttention(32, 4, batch_first=True, device=DEVICE)
     x, padding = torch.randn(2, 20, 32, device=DEVICE), torch.arange(20, device=DEVICE).expand(2, 20) > 14
@@ -161,6 +162,23 @@ def test_compile_with_masks(dynamic):
     for need_weights in (True, False):
         kwargs = {"key_padding_mask": padding, "need_weights": need_weights}
         assert (compiled(x, x, x, **kwargs)[0] - layer(x, x, x, **kwargs)[0]).abs().max() < 1e-5
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("shape", ["full", "padding", "column"])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_compiled_lengths_share_a_graph(name, shape):
+    """The first length has a graph, the second one for every length."""
+    attend, graphs = ATTENTION[name][0], torch._dynamo.testing.CompileCounterWithBackend(BACKEND)
+    compiled = torch.compile(attend, fullgraph=True, backend=graphs)
+    for M in (20, 17, 32, 48):
+        mask = torch.rand({"full": (M, M), "padding": (2, 1, 1, M), "column": (M, 1)}[shape], device=DEVICE) > 0.3
+        q = torch.randn(2, 4, M, 16, device=DEVICE, requires_grad=True)
+        ours, eager = compiled(q, q, q, mask)[0], attend(q, q, q, mask)[0]
+        assert (ours - eager).abs().max() < 1e-5
+        a, b = (torch.autograd.grad(o.square().sum(), q)[0] for o in (ours, eager))
+        assert (a - b).abs().max() < 1e-4
+    assert graphs.frame_count == 2
     torch._dynamo.reset()
 
 

@@ -193,7 +193,8 @@ def check_mask(attn_mask, is_causal, scores_shape, device):
     if attn_mask.device != device:
         raise ValueError(f"attn_mask must be on the device of the scores, {device}, got {attn_mask.device}")
     shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-    if len(shape) != 4 or any(m not in (1, s) for m, s in zip(shape, (B, H, M, N), strict=True)):
+    # not "m not in (1, s)", which torch.compile takes for true of a fixed m and an s of any length
+    if len(shape) != 4 or any(m != 1 and m != s for m, s in zip(shape, (B, H, M, N), strict=True)):
         raise ValueError(
             f"attn_mask must broadcast to [B, H, M, N] = {[B, H, M, N]}, got {tuple(attn_mask.shape)}"
         )
