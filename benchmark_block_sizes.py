@@ -3,9 +3,10 @@
     python3 benchmark_block_sizes.py --kernel scores [--full] [--save] [--autotune]      40 s on an H100
 
 Every legal tile is checked and timed; --full crosses them with warps, pipeline stages and registers a thread. The best
-few then take turns, and --save writes the winner into triton_attention/tuned.py for this GPU: that is how a new GPU is
-tuned. --autotune asks triton.autotune for its choice of the same tiles. A tile that does not fit is listed with its
-needs. Tiles are those of the plain kernel; where a call without one runs a kernel made for this GPU, its row says so.
+few are then timed once more, and --save writes the winner into triton_attention/tuned.py for this GPU: that is how a
+new GPU is tuned. --autotune asks triton.autotune for its choice of the same tiles. A tile that does not fit is listed
+with its needs. Tiles are those of the plain kernel; where a call without one runs a kernel made for this GPU, its row
+says so.
 """
 
 import functools
@@ -13,13 +14,13 @@ import itertools
 
 from benchmarks import harness, providers, results, tuning
 from benchmarks.harness import Case, Comparison, wanted
-from benchmarks.tuning import DEFAULT, IN_TURNS, KERNELS
+from benchmarks.tuning import DEFAULT, FINAL, KERNELS
 
 SWEEP = [16, 32, 64, 128, 256]
 QUICK = [32, 64, 128]
 INTERPRETED = [32, 64]
 WARPS, STAGES, REGISTERS = (4, 8), (2, 3, 4), (128, 168, 255)
-FINALISTS = 4  # so many of the best take turns for the win
+FINALISTS = 4  # so many of the best are timed once more
 SCRIPT = "benchmark_block_sizes"
 
 
@@ -159,10 +160,10 @@ def rows(name, args, interpreted):
 
 
 def sweep(name, args, watch):
-    """All tiles of a kernel one by one, then the best in turns: (rows by tile, the winner's row or None)."""
+    """All tiles of a kernel one by one, then the best once more: (rows by tile, the winner's row or None)."""
     kernel, shape = KERNELS[name], shapes(args, watch is None)
     label = providers.label(*shape)
-    others = lambda row: row.name != name or row.case.removesuffix(IN_TURNS) != label  # noqa: E731
+    others = lambda row: row.name != name or row.case.removesuffix(FINAL) != label  # noqa: E731
     if watch:
         compile_missing([name], args)
     found = harness.run(SCRIPT, rows(name, args, watch is None), args, watch, keep=others)
@@ -172,8 +173,8 @@ def sweep(name, args, watch):
         return found, None
     some = dict.fromkeys([tile_of(row) for row in best[:FINALISTS]] + [chosen_tile(kernel, shape)])
     about = providers.about(*shape) | {"kernel": name}
-    final = case(name, kernel, shape, args, {name_of(tile): tile for tile in some}, about, IN_TURNS)
-    print("\nthe best and the chosen one, in turns")
+    final = case(name, kernel, shape, args, {name_of(tile): tile for tile in some}, about, FINAL)
+    print("\nthe best and the chosen one, once more")
     last = harness.run(SCRIPT, [final], args, watch, keep=lambda row: row.point[:2] != (name, final.label))
     last = [row for row in last if (row.name, row.case) == (name, final.label) and row.ms]
     return found, min(last, key=lambda row: row.ms, default=None)
@@ -255,7 +256,7 @@ def main():
     args = options().parse_args()
     if args.plot:
         raise SystemExit(show_saved(args))
-    watch, wrong = harness.stopwatch(args), False
+    watch, wrong = harness.stopwatch(args, load=0.1), False
     for name in args.kernel:
         kernel, shape = KERNELS[name], shapes(args, watch is None)
         found, winner = sweep(name, args, watch)
@@ -265,7 +266,7 @@ def main():
         table(found)
         right = {row.provider: tile_of(row) for row in found if row.ms and row.provider != DEFAULT}
         if winner:
-            print(f"\nthe winner: {winner.provider}, {winner.ms:.3f} ms in turns")
+            print(f"\nthe winner: {winner.provider}, {winner.ms:.3f} ms once more")
         if args.autotune and right:
             stage = stage_of(kernel, shape, args.seed)
             calls = {tile: with_tile(kernel, stage, tile) for tile in right.values()}

@@ -23,7 +23,7 @@ def main():
     args = harness.parser(__doc__.split("\n")[0]).parse_args()
     args.full, args.resume, wrong = False, True, False
     if not args.plot:
-        watch = harness.stopwatch(args)
+        watch = harness.stopwatch(args, load=0.1)
         if watch:
             benchmark_block_sizes.compile_missing(SWEEP, args)
         found = harness.run(benchmark_block_sizes.SCRIPT, rows(args, watch), args, watch)

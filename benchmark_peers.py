@@ -1,12 +1,13 @@
 """Is fused attention as fast as the fastest kernels there are: those of cuDNN, FlashAttention-3 and FlashAttention-4?
 
     python3 benchmark_peers.py [--quick] [--mode fwd]      three minutes on an H200
+    python3 benchmark_peers.py --features                  with the masks that models have
 
 The work is the same in every case, B S = 16384 tokens in H D = 2048 channels, but for a few others at the end: heads
-that share keys, a wide head dim, short calls in which the host is a part of the time. Everybody is checked and timed in
-turns, in three passes, as a chip's clock moves with its heat. The table has the medians over passes and the ratio of
-ours to the best of the others, with the least and the greatest of a pass's ratios. Backward, FlashAttention-4 adds dQ
-up in a fixed order, as ours does. The two FlashAttentions are measured where they are installed:
+that share keys, a wide head dim, short calls in which the host is a part of the time. Everybody is checked, then runs
+for half a second, as a chip's clock moves with its heat, then is timed in three passes. The table has the medians over
+passes and the ratio of ours to the best of the others, with the least and the greatest of a pass's ratios. Backward,
+FlashAttention-4 adds dQ up in a fixed order, as ours does. The two FlashAttentions are measured where installed:
 
     pip install --no-deps fa3_fwd && pip install flash-attn-4
 """
@@ -14,7 +15,7 @@ up in a fixed order, as ours does. The two FlashAttentions are measured where th
 import functools
 import math
 
-from benchmarks import harness, providers
+from benchmarks import features, harness, providers
 from benchmarks.harness import Case
 from benchmarks.results import (
     CHANNELS, PASSES_OF, PEER_HEAD_DIMS, PEERS, SAME, TOKENS, compare, gpus, load, mean,
@@ -28,7 +29,8 @@ def parser():
     p = harness.parser(__doc__.split("\n")[0], batch=None, heads=None, plot="show the comparison")
     p.epilog = f"Without --batch and --heads, B S = {TOKENS} and H D = {CHANNELS}."
     p.add_argument("--kv-heads", type=int, help="heads of keys and values, where they are fewer than those of queries")
-    p.add_argument("--passes", type=int, default=3, help="how many times everything is measured; once with --quick")
+    p.add_argument("--passes", type=int, default=harness.PASSES, help="how many times each is timed; once with --quick")
+    p.add_argument("--features", action="store_true", help="what models call instead: masks, a bias, torch.compile")
     return p
 
 
@@ -59,18 +61,16 @@ def cells(args, interpreted):
 
 
 def rows(args, interpreted):
-    """The Cases: forward, then backward, each pass after the other."""
+    """The Cases: forward, then backward."""
     for mode in ("fwd", "bwd") if args.mode == "both" else (args.mode,):
-        for number in range(1, 1 + (1 if args.quick or interpreted else args.passes)):
-            for B, H, kv_heads, S, D in cells(args, interpreted):
-                same = (B * S, H * D, kv_heads) == (TOKENS, CHANNELS, H) and D in PEER_HEAD_DIMS
-                for causal in (False, True) if args.causal is None else (args.causal,):
-                    for dtype in args.dtype or ["bfloat16"]:
-                        shape = (B, H, S, D, dtype, causal)
-                        build = functools.partial(providers.attention, mode, *shape, args.seed, kv_heads)
-                        label = providers.label(*shape, kv_heads)
-                        about = {**providers.about(*shape), "mode": mode, "same": same}
-                        yield Case(f"{PASSES_OF[mode]}, pass {number}", label, list(PEERS[mode]), build, about)
+        for B, H, kv_heads, S, D in cells(args, interpreted):
+            same = (B * S, H * D, kv_heads) == (TOKENS, CHANNELS, H) and D in PEER_HEAD_DIMS
+            for causal in (False, True) if args.causal is None else (args.causal,):
+                for dtype in args.dtype or ["bfloat16"]:
+                    shape = (B, H, S, D, dtype, causal)
+                    build = functools.partial(providers.attention, mode, *shape, args.seed, kv_heads)
+                    about = {**providers.about(*shape), "mode": mode, "same": same}
+                    yield Case(PASSES_OF[mode], providers.label(*shape, kv_heads), list(PEERS[mode]), build, about)
 
 
 def show(results):
@@ -88,19 +88,34 @@ def show(results):
             print(f"geometric mean of the ratios {SAME}: {mean(lines):.3f}")
 
 
+def show_features(results):
+    """What models call, a line for each; ms, as the work differs."""
+    for mode, name in {**PASSES_OF, "train": "training"}.items():
+        ms = {(row.case, row.provider): row.ms for row in results if row.about["mode"] == mode}
+        peers = list(dict.fromkeys(row.provider for row in results if row.about["mode"] == mode))
+        if lines := compare(results, mode):
+            print(f"\n{name}, ms; the best of the others to ours [least, greatest of a pass]")
+            print(f"{'call':50}" + "".join(f"{peer:>15}" for peer in peers) + f"{'ratio':>9}")
+        for case, medians, ratio, _ in lines:
+            numbers = "".join(f"{ms[case, peer]:15.3f}" if peer in medians else f"{'-':>15}" for peer in peers)
+            print(f"{case:50}{numbers}" + ("" if not ratio else "{:9.2f} [{:.2f}, {:.2f}]".format(*ratio)))
+
+
 def main():
     args = checked(parser())
+    script, table = ("benchmark_features", show_features) if args.features else ("benchmark_peers", show)
     if args.plot:
         for folder in gpus(args.out):
-            if loaded := load(folder / "benchmark_peers.json"):
+            if loaded := load(folder / f"{script}.json"):
                 print(f"\n{loaded[0]['gpu']}, torch {loaded[0]['torch']}, commit {loaded[0]['commit']}")
-                show(loaded[1])
+                table(loaded[1])
         return
     watch = harness.stopwatch(args)
     if watch:
-        watch.rep = 15  # ms a turn, as there are three passes
-    results = harness.run("benchmark_peers", rows(args, watch is None), args, watch)
-    show(results)
+        watch.rep, watch.passes = 15, 1 if args.quick else args.passes
+    cases = (features.rows if args.features else rows)(args, watch is None)
+    results = harness.run(script, cases, args, watch)
+    table(results)
     raise SystemExit(any(row.note == "WRONG" for row in results))
 
 

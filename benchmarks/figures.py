@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
 
 from benchmarks.results import curves, gpus, load  # noqa: E402
-from benchmarks.tuning import DEFAULT, IN_TURNS, KERNELS  # noqa: E402
+from benchmarks.tuning import DEFAULT, FINAL, KERNELS  # noqa: E402
 
 MODES = {"light": ("#ffffff", "#1f2328", "#d8dee4"), "dark": ("#0d1117", "#e6edf3", "#30363d")}  # ground, ink, grid
 LOOKS = {  # provider: colour (None: the ink), marker, line
@@ -238,7 +238,7 @@ def roofline(info, rows, ink):
 
 def heatmap(info, rows):
     """BLOCK_M x BLOCK_N of each kernel; the chosen tile outlined, hatched what does not fit, crossed what is wrong."""
-    rows = [row for row in rows if not row.case.endswith(IN_TURNS)]
+    rows = [row for row in rows if not row.case.endswith(FINAL)]
     case = collections.Counter(row.case for row in rows if row.ms).most_common(1)[0][0]
     rows = [row for row in rows if row.case == case]
     found = [name for name in KERNELS if any(row.name == name and row.ms and row.provider != DEFAULT for row in rows)]

@@ -1,8 +1,8 @@
 """What the benchmark scripts share: the options, the ceilings, checks before timing, fair timing, the run.
 
 A script asks one question. It yields Cases; run() builds one at a time into a Comparison, checks what every provider
-(who computes it) returns, times the right ones in turns, and writes results/<gpu>/<script>.json after every point: an
-interruption, an exhausted memory or a kernel that does not fit loses nothing. A wrong result is never timed.
+(who computes it) returns, times the right ones one after the other, and writes results/<gpu>/<script>.json after every
+point: an interruption, an exhausted memory or a kernel that does not fit loses nothing. A wrong result is never timed.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from pathlib import Path
 from benchmarks.results import COLUMNS, HERE, Results, Row, machine, path_of, show
 
 DTYPES = ("bfloat16", "float16", "float32")
-ROUNDS = 3  # turns that every provider takes, in changing order
+PASSES = 3  # times that a provider is timed, on a chip that its own load has warmed
+LOAD = 0.5  # s of that load: beside others, who is measured after a hot one reads up to a sixth slow
 WHOLE = 4  # so many times as far off as on a part PyTorch may be on the whole, where it runs other kernels
 
 
@@ -33,7 +34,7 @@ class Comparison:
     which returns a tensor or a tuple of them. `pick` takes that result to the part which is checked, and
     reference(dtype) is that part by PyTorch's own operations. bytes must move and flops must be done at least by who
     stores nothing in between; `own` has (bytes, flops) of the providers that do it another way. Those in `alone` leave
-    the others no memory: they take their turns one after the other.
+    the others no memory.
     """
 
     makes: dict[str, Callable]
@@ -92,16 +93,18 @@ def wanted(provider, args):
 class Stopwatch:
     """Times calls on the GPU, by CUDA events with the L2 cache cleared before each; a test puts a fake in its place."""
 
-    def __init__(self, rep=40):
-        self.rep = rep
+    def __init__(self, rep=40, passes=PASSES, load=LOAD):
+        self.rep, self.passes, self.load = rep, passes, load
 
-    def heat(self):
-        """Warm the chip to its sustained clock: who is measured on a cool one reads up to 10 % fast."""
+    def warm(self, call):
+        """Run a call until the clock is the one that its own heat allows."""
         import torch
 
-        heater = torch.randn(4096, 4096, dtype=torch.bfloat16, device="cuda")
-        for _ in range(500):
-            heater @ heater
+        end = time.perf_counter() + self.load
+        while time.perf_counter() < end:
+            for _ in range(8):
+                call()
+            torch.cuda.synchronize()
 
     def time(self, call):
         """(median, 20 %, 80 % quantile) in ms."""
@@ -110,17 +113,17 @@ class Stopwatch:
         return tuple(do_bench(call, warmup=10, rep=self.rep, quantiles=[0.5, 0.2, 0.8]))
 
     def host(self, call, calls=200):
-        """Median over turns of the us that the host is busy with a call, for one that the GPU has done by then."""
+        """Median over rounds of the us that the host is busy with a call, for one that the GPU has done by then."""
         import torch
 
-        turns = []
+        rounds = []
         for _ in range(9):  # the first ones prepare
             torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(calls):
                 call()
-            turns.append((time.perf_counter() - start) / calls * 1e6)
-        return statistics.median(turns[2:])
+            rounds.append((time.perf_counter() - start) / calls * 1e6)
+        return statistics.median(rounds[2:])
 
     def ceilings(self):
         """What this GPU does at most, measured now: copy in GB/s (read + write), bfloat16 matmul in TFLOP/s."""
@@ -129,41 +132,29 @@ class Stopwatch:
         source = torch.randint(255, (2 << 30,), dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
         a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in "ab")
-        times = dict(in_turns({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, self))
+        times = dict(in_passes({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, self))
+        ms = {name: statistics.median(median for median, *_ in passes) for name, passes in times.items()}
         return {
-            "copy_gbps": 2 * source.numel() / times["copy"][0] / 1e6,
-            "matmul_tflops": 2 * 8192**3 / times["matmul"][0] / 1e9,
+            "copy_gbps": 2 * source.numel() / ms["copy"] / 1e6, "matmul_tflops": 2 * 8192**3 / ms["matmul"] / 1e9,
         }
 
 
-def stopwatch(args):
+def stopwatch(args, load=LOAD):
     """The Stopwatch of this machine; None where the kernels are interpreted and times would mean nothing."""
     from triton_attention.device import INTERPRETED
 
-    return None if INTERPRETED else Stopwatch(15 if args.quick else 40)
+    return None if INTERPRETED else Stopwatch(rep=15, passes=1, load=load / 2) if args.quick else Stopwatch(load=load)
 
 
-def in_turns(calls, watch):
-    """Yield (name, times in ms, or what went wrong) as the last of a call's turns ends. Every second turn the order is
-    reversed, after which it rotates: nobody follows the same one each time, whose heat lowers the clock."""
-    names, turns = list(calls), {name: [] for name in calls}
-    if not calls:
-        return
-    watch.heat()
-    for turn in range(ROUNDS):
-        shift = turn // 2 % len(names)
-        order = names[shift:] + names[:shift]
-        for name in order[:: -1 if turn % 2 else 1]:
-            try:
-                turns[name].append(watch.time(calls[name]))
-            except Exception as error:
-                names = [other for other in names if other != name]
-                yield name, error
-                continue
-            if turn == ROUNDS - 1:
-                yield name, tuple(statistics.median(q) for q in zip(*turns[name], strict=True))
-        if not names:
-            return
+def in_passes(calls, watch):
+    """Yield (name, times in ms of each pass, or what went wrong): one after the other has the chip to himself."""
+    for name, call in calls.items():
+        try:
+            watch.warm(call)
+            found = [watch.time(call) for _ in range(watch.passes)]
+        except Exception as error:
+            found = error
+        yield name, found
 
 
 # ---- checking
@@ -278,7 +269,7 @@ def measure(case, results, limits, watch):
                 yield row
         if watch is None:
             continue
-        for name, times in in_turns(calls, watch):
+        for name, times in in_passes(calls, watch):
             row = rows[name]
             if isinstance(times, Exception):
                 row.note = reason(times)
@@ -286,7 +277,8 @@ def measure(case, results, limits, watch):
             else:
                 bytes, flops = comparison.own.get(name, (comparison.bytes, comparison.flops))
                 roof = max(bytes / limits["copy_gbps"] / 1e6, flops / limits["matmul_tflops"] / 1e9)
-                row.ms, row.ms_20, row.ms_80 = times
+                row.ms, row.ms_20, row.ms_80 = (statistics.median(q) for q in zip(*times, strict=True))
+                row.passes = [median for median, *_ in times]
                 row.gbps, row.tflops = bytes / row.ms / 1e6, comparison.flops / row.ms / 1e9
                 row.of_roofline, row.intensity = roof / row.ms, flops / bytes
             yield row
@@ -311,8 +303,11 @@ def run(script, cases, args, watch, keep=None):
         copy, matmul = limits["copy_gbps"], limits["matmul_tflops"]
         print(f"ceilings, now: copy {copy:.0f} GB/s, bfloat16 matmul {matmul:.0f} TFLOP/s")
     path = path_of(args, script, info["gpu"])
-    results = Results(path, {**info, **limits}, (lambda row: True) if args.resume else keep or (lambda row: False))
-    print("ms: median over turns; roofline: share of what the ceilings allow; speed-up: over a case's last provider")
+    load = f"in {watch.passes} passes, each provider after {watch.load} s of its own load" if watch else ""
+    info |= {**limits, "timed": load}
+    results = Results(path, info, (lambda row: True) if args.resume else keep or (lambda row: False))
+    print(f"ms: median, timed {load}; " if load else "", end="")
+    print("roofline: share of what the ceilings allow; speed-up: over a case's last provider")
     print("error: max |difference to float64| / max |float64|; allowed: twice PyTorch's in the dtype + a rounding step")
     print(COLUMNS, flush=True)
     rows = []

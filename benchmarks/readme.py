@@ -25,7 +25,8 @@ RUNGS = {  # row of the ladder: name in the results, provider
 def conditions(info):
     return (
         f"{info['gpu']}, driver {info['driver']}, torch {info['torch']}, triton {info['triton']}, commit "
-        f"{info['commit']}; copy {info['copy_gbps']:.0f} GB/s, bfloat16 matmul {info['matmul_tflops']:.0f} TFLOP/s."
+        f"{info['commit']}; copy {info['copy_gbps']:.0f} GB/s, bfloat16 matmul {info['matmul_tflops']:.0f} TFLOP/s; "
+        f"timed {info.get('timed', 'in turns on a warm chip')}."
     )
 
 
@@ -120,7 +121,7 @@ def attention(folder, info, rows):
 
 
 def peers(folder, info, rows):
-    passes = len({row.name for row in rows}) // len({row.about["mode"] for row in rows})
+    passes = len(rows[0].passes) or len({row.name for row in rows}) // len({row.about["mode"] for row in rows})
     lines = [
         "### Next to the fastest kernels there are", "",
         f"TFLOP/s: medians over the passes ({passes}), and the ratio of ours to the best of the others, with the least",
@@ -137,6 +138,26 @@ def peers(folder, info, rows):
             lines.append(f"| {case} | {' | '.join(cells)} |")
         average = mean(compared)
         lines += ["", f"Geometric mean of the ratios {SAME}: {average:.2f}."] if average else []
+    return lines
+
+
+def features(folder, info, rows):
+    lines = [
+        "### What models call", "",
+        "ms: medians over the passes, and the best of the others to ours, with the least and the greatest of a pass.",
+        "What a peer prepares once for a model (FlexAttention's block mask, torch.compile) is not timed.", "",
+        conditions(info),
+    ]
+    for mode, name in {**PASSES_OF, "train": "training"}.items():
+        ms = {(row.case, row.provider): row.ms for row in rows if row.about["mode"] == mode}
+        names, compared = list(dict.fromkeys(peer for _, peer in ms)), compare(rows, mode)
+        if not compared:
+            continue
+        lines += ["", f"| {name} | {' | '.join(names)} | ratio |", "|---" * (len(names) + 2) + "|"]
+        for case, medians, ratio, _ in compared:
+            cells = [f"{ms[case, peer]:.3f}" if peer in medians else "–" for peer in names]
+            cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*ratio) if ratio else "–")
+            lines.append(f"| {case} | {' | '.join(cells)} |")
     return lines
 
 
@@ -162,7 +183,8 @@ def block_sizes(folder, info, rows):
 
 
 PARTS = {
-    "benchmark_attention": attention, "benchmark_peers": peers, "benchmark_seq_lengths": seq_lengths,
+    "benchmark_attention": attention, "benchmark_peers": peers, "benchmark_features": features,
+    "benchmark_seq_lengths": seq_lengths,
     "benchmark_block_sizes": block_sizes,
 }
 
@@ -172,11 +194,10 @@ def results_readme():
     lines = [
         "# Results", "",
         "Written by `python3 -m benchmarks.readme` from the JSON files beside it, which have errors, quantiles and",
-        "peak memory too. Medians, L2 cleared before each call, everyone in turns on a warm chip, every result checked",
-        'against float64 first. "PyTorch" is its matmul, softmax, matmul with autograd (or its `nn.MultiheadAttention`',
-        'in eval). "Of the roofline" is the time that the copy bandwidth and the matmul speed of the same run allow',
-        'for the bytes ("moves") and the flops of the computation, causal counting what is visible, as a share of the',
-        "time.",
+        'peak memory too. Medians, L2 cleared before each call, every result checked against float64 first. "PyTorch" is',
+        'its matmul, softmax, matmul with autograd (or its `nn.MultiheadAttention` in eval). "Of the roofline" is the time',
+        'that the copy bandwidth and the matmul speed of the same run allow for the bytes ("moves") and the flops of the',
+        "computation, causal counting what is visible, as a share of the time.",
     ]
     order = {name: i for i, name in enumerate(SHOWN)}
     for folder in sorted(gpus(RESULTS), key=lambda path: (order.get(path.name, len(order)), path.name)):

@@ -28,6 +28,7 @@ class Row:
     ms: float | None = None
     ms_20: float | None = None
     ms_80: float | None = None
+    passes: list = field(default_factory=list)  # the median of each
     gbps: float | None = None
     tflops: float | None = None
     of_roofline: float | None = None
@@ -90,7 +91,7 @@ class Results:
         self.write()
 
     def settle(self, name, case, providers):
-        """The rows of a finished case, last and in the order of its providers instead of their turns."""
+        """The rows of a finished case, last and in the order of its providers."""
         mine = [row for row in self.rows if row.point[:2] == (name, case)]
         mine.sort(key=lambda row: providers.index(row.provider) if row.provider in providers else -1)
         self.rows = [row for row in self.rows if row.point[:2] != (name, case)] + mine
@@ -172,11 +173,14 @@ SAME = f"of D {PEER_HEAD_DIMS[1]} and {PEER_HEAD_DIMS[0]} where B S = {TOKENS}, 
 
 def compare(results, mode):
     """[(case, {provider: median TFLOP/s}, (ratio of ours to the best of the others, least, greatest of a pass), whether
-    it is one of the same work)]; the ratio is None where there are no others."""
+    it is one of the same work)]; the ratio is None where there are no others. A pass is a number of row.passes, or in
+    older results a row."""
     found = {}
     for row in results:
         if row.about["mode"] == mode and row.tflops:
-            found.setdefault((row.case, row.about["same"]), {}).setdefault(row.provider, {})[row.name] = row.tflops
+            passes = found.setdefault((row.case, row.about["same"]), {}).setdefault(row.provider, {})
+            each = {i: row.tflops * row.ms / ms for i, ms in enumerate(row.passes)} or {row.name: row.tflops}
+            passes.update(each)
     lines = []
     for (case, same), by_provider in found.items():
         medians = {name: statistics.median(passes.values()) for name, passes in by_provider.items()}

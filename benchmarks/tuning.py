@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 DEFAULT = "no tile given"  # the provider of a call that chooses for itself
-IN_TURNS = " in turns"  # ends the case of the last round
+FINAL = " once more"  # ends the case of the last round
 
 
 class Kernel(NamedTuple):

@@ -1,6 +1,7 @@
 """The benchmarks, with a clock that tests can read: what is wrong is never timed, what is measured is never lost."""
 
 import dataclasses
+import functools
 import json
 import runpy
 import shutil
@@ -9,7 +10,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import figures, harness, providers, tuning
+from benchmarks import features, figures, harness, providers, tuning
 from benchmarks.readme import readme, results_readme
 from benchmarks.results import OURS, Row, compare, mean
 from tests.reference import HERE, run_python
@@ -19,10 +20,10 @@ class FakeWatch:
     """Every call takes a millisecond; `interrupt` is the number of the timing that Ctrl-C ends."""
 
     def __init__(self, interrupt=None):
-        self.timed, self.interrupt = [], interrupt
+        self.timed, self.interrupt, self.passes, self.load = [], interrupt, harness.PASSES, 0.0
 
-    def heat(self):
-        pass
+    def warm(self, call):
+        call()
 
     def ceilings(self):
         return {"copy_gbps": 1000.0, "matmul_tflops": 100.0}
@@ -78,18 +79,18 @@ def test_benchmark_never_times_what_is_wrong(tmp_path, capsys):
     assert code == 0 and notes["right"] == notes["torch"] == "" and notes["wrong"] == notes["stale"] == "WRONG"
     assert notes["missing"].startswith("not installed") and notes["too_large"].startswith("out of memory: needs 9 GiB")
     assert {provider for (_, provider), row in saved.items() if row["ms"]} == {"right", "torch"}
-    assert len(watch.timed) == 2 * harness.ROUNDS
+    assert len(watch.timed) == 2 * harness.PASSES
     assert saved["a", "right"]["of_roofline"] == 1.0 and "WRONG" in capsys.readouterr().out
 
 
 def test_benchmark_survives_ctrl_c_and_resumes(tmp_path, capsys):
     cases = lambda: [doubled(name, one=twice, two=twice) for name in "ab"]  # noqa: E731
-    points = 2 * harness.ROUNDS
-    code, saved = benchmark(cases(), tmp_path, FakeWatch(interrupt=points))  # in the last turn of the first case
+    points = 2 * harness.PASSES
+    code, saved = benchmark(cases(), tmp_path, FakeWatch(interrupt=points))  # in the last pass of the first case
     assert code == 130 and len(saved) == 1 and "--resume goes on" in capsys.readouterr().out
     watch = FakeWatch()
     code, saved = benchmark(cases(), tmp_path, watch, "--resume")
-    assert code == 0 and len(saved) == 4 and len(watch.timed) == 3 * harness.ROUNDS
+    assert code == 0 and len(saved) == 4 and len(watch.timed) == 3 * harness.PASSES
     watch = FakeWatch()
     assert benchmark(cases(), tmp_path, watch, "--resume")[1].keys() == saved.keys() and not watch.timed
     assert len(benchmark(cases()[:1], tmp_path, FakeWatch())[1]) == 2  # without --resume it starts anew
@@ -107,6 +108,35 @@ def test_benchmark_compares_with_the_best_of_the_others():
     assert lines[0] == ("a", {ours: 5.0, "fa3": 4.0, "fa4": 4.5}, (5.0 / 4.5, 5.0 / 8.0, 6.0 / 2.0), True)
     assert lines[1] == ("alone", {ours: 3.0}, None, False)
     assert mean(lines) == pytest.approx(5.0 / 4.5) and mean(lines[1:]) is None
+
+
+def test_benchmark_compares_passes_of_one_row():
+    about = {"mode": "fwd", "same": True}
+    measured = [Row("forward", "a", OURS, ms=2.0, tflops=6.0, passes=[2.0, 1.0, 3.0], about=about)]
+    measured.append(Row("forward", "a", "fa3", ms=4.0, tflops=3.0, passes=[4.0, 4.0, 2.0], about=about))
+    assert compare(measured, "fwd") == [("a", {OURS: 6.0, "fa3": 3.0}, (2.0, 2.0 / 3.0, 4.0), True)]
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd"])
+@pytest.mark.parametrize("name", features.FEATURES)
+def test_benchmark_of_features_asks_everybody_the_same(name, mode):
+    """Ours and SDPA by a tensor, the reference by the function of places that FlexAttention gets."""
+    comparison = features.attention(mode, name, 2, 2, 48, 16, "float32", 0)
+    for provider in (OURS, "SDPA math"):
+        comparison.makes.setdefault(provider, functools.partial(comparison.makes[OURS].func, functools.partial(
+            features.sdpa, "MATH")))
+        _, picked, _ = harness.try_out(comparison.makes[provider], comparison.pick)
+        exact, _, _ = harness.allowance(comparison, torch.float32)
+        assert len(picked) == len(exact) == (1 if mode == "fwd" else 4 if name == "bias that learns" else 3)
+        assert harness.error_of(picked, exact) < 2e-6
+
+
+@pytest.mark.parametrize("name", features.LAYERS)
+def test_benchmark_of_layers_asks_everybody_the_same(name):
+    comparison = features.layer(name, 2, 2, 16, 32, "float32", 0)
+    for make in comparison.makes.values():
+        _, picked, _ = harness.try_out(make, comparison.pick)
+        assert harness.error_of(picked, harness.allowance(comparison, torch.float32)[0]) < 1e-5
 
 
 def test_benchmark_of_shared_keys_is_checked_against_every_query_that_shares_them():

@@ -1,0 +1,307 @@
+"""What models call: attention with the masks that real models have, each call with every peer that can do it.
+
+A Feature says which pairs are visible and which bias they have, once for everybody: as a tensor for ours and SDPA, as
+a function of the place for FlexAttention, and for the reference a block of queries at a time. What a peer prepares
+once for a model (FlexAttention's block mask, torch.compile) is not timed; ours has nothing to prepare.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks import providers
+from benchmarks.harness import Case, Comparison
+
+SHARES = (1.0, 0.73, 0.61, 0.27)  # of a batch's keys that are not padding
+BACKENDS = {"SDPA cudnn": "CUDNN_ATTENTION", "SDPA efficient": "EFFICIENT_ATTENTION", "SDPA flash": "FLASH_ATTENTION"}
+OURS, STOCK = "triton fused", "torch layer"
+PEERS = (OURS, "flex", *BACKENDS)
+
+
+@dataclass
+class Feature:
+    """visible(b, m, n, about) says of tensors of places whether query m of batch b sees key n, where it is not None;
+    tensor(about) is the attn_mask of it that ours and SDPA get, but for is_causal."""
+
+    visible: Callable | None = None
+    tensor: Callable | None = None
+    is_causal: bool = False
+    biased: bool = False  # by a bias [1, H, M, N]
+    learned: bool = False  # which gets a gradient
+    compiled: bool = False  # everybody under torch.compile
+
+
+def causal(b, m, n, about):
+    return n <= m
+
+
+def padding(b, m, n, about):
+    return n < about["lengths"][b]
+
+
+def padded_future(b, m, n, about):
+    return (n < about["lengths"][b]) & (n <= m)
+
+
+def documents(b, m, n, about):
+    return m // about["document"] == n // about["document"]
+
+
+def scattered(b, m, n, about):
+    return about["scattered"][m, n] > 0
+
+
+def places(about):
+    import torch
+
+    return torch.arange(about["S"], device=about["lengths"].device)
+
+
+def square(visible):
+    """A bool [M, N]."""
+    return lambda about: visible(0, places(about)[:, None], places(about)[None, :], about)
+
+
+def additive(visible):
+    """The same of 0 and -inf, as PyTorch's encoder layers make it."""
+
+    def tensor(about):
+        hidden = ~square(visible)(about)
+        return hidden.new_zeros(hidden.shape, dtype=about["dtype"]).masked_fill(hidden, -math.inf)
+
+    return tensor
+
+
+def per_batch(visible, rows):
+    """A bool [B, 1, 1 or M, N]."""
+    import torch
+
+    def tensor(about):
+        b = torch.arange(len(about["lengths"]), device=about["lengths"].device)[:, None, None, None]
+        m = places(about)[:, None] if rows else 0
+        return visible(b, m, places(about), about)
+
+    return tensor
+
+
+FEATURES = {
+    "causal": lambda: Feature(causal, is_causal=True),
+    "causal, compiled": lambda: Feature(causal, is_causal=True, compiled=True),
+    "causal, as a tensor": lambda: Feature(causal, square(causal)),
+    "causal, of 0 and -inf": lambda: Feature(causal, additive(causal)),
+    "padding": lambda: Feature(padding, per_batch(padding, rows=False)),
+    "padding and is_causal": lambda: Feature(padded_future, per_batch(padding, rows=False), is_causal=True),
+    "padding and causal in one": lambda: Feature(padded_future, per_batch(padded_future, rows=True)),
+    "documents": lambda: Feature(documents, square(documents)),
+    "half of all pairs": lambda: Feature(scattered, square(scattered)),
+    "bias": lambda: Feature(biased=True),
+    "bias that learns": lambda: Feature(biased=True, learned=True),
+}
+LAYERS = {  # nn.TransformerEncoderLayer in training: {name: what its forward gets}
+    "encoder layer": lambda about: {},
+    "encoder layer, causal": lambda about: {"src_mask": ~square(causal)(about), "is_causal": True},
+    "encoder layer, padding": lambda about: {"src_key_padding_mask": ~per_batch(padding, rows=False)(about)[:, 0, 0]},
+}
+
+
+def about_masks(B, S, dtype):
+    """What masks are made of: the lengths of a batch's sequences and of its documents, half of all pairs drawn."""
+    import torch
+
+    from triton_attention.device import DEVICE
+
+    lengths = torch.tensor([max(1, int(S * SHARES[b % len(SHARES)])) for b in range(B)], device=DEVICE)
+    drawn = torch.rand(S, S, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)) > 0.5
+    scattered = drawn.to(torch.uint8)
+    return {"S": S, "dtype": getattr(torch, dtype), "lengths": lengths, "document": S // 6 + 1, "scattered": scattered}
+
+
+def visible_pairs(feature, B, about):
+    """How many pairs of a head are visible, over all batches."""
+    if feature.visible is None:
+        return B * about["S"] ** 2
+    n, step = places(about), providers.CHUNK
+    return sum(
+        int(feature.visible(b, n[first : first + step, None], n, about).sum())
+        for b in range(B) for first in range(0, about["S"], step)
+    )
+
+
+# ---- attention
+
+
+def ours(q, k, v, mask, feature):
+    from triton_attention_fused import attention_fused
+
+    return lambda: attention_fused(q, k, v, attn_mask=mask, is_causal=feature.is_causal)
+
+
+def sdpa(backend, q, k, v, mask, feature):
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    hint = feature.is_causal and mask is None
+    if feature.is_causal and mask is not None:  # which SDPA refuses beside a mask: made once, outside the timing
+        n = mask.new_ones(q.shape[2], k.shape[2]).tril() > 0
+        mask = mask & n
+
+    def call():
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=hint)
+
+    return call
+
+
+def flex(q, k, v, mask, feature, about):
+    import torch
+    import torch._dynamo
+    import torch._functorch.config
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if not torch.cuda.is_available():
+        raise NotImplementedError("compiled for a GPU only")
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # a backward is timed many times over
+    block_mask, score_mod = None, None
+    if feature.visible is not None:
+        B = q.shape[0] if feature.visible in (padding, padded_future) else None
+        mask_mod = lambda b, h, m, n: feature.visible(b, m, n, about)  # noqa: E731
+        block_mask = create_block_mask(mask_mod, B, None, q.shape[2], k.shape[2], device=q.device)
+    if feature.biased:
+        score_mod = lambda s, b, h, m, n: s + mask[0, h, m, n]  # noqa: E731
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(q, k, v, score_mod=score_mod, block_mask=block_mask)
+
+
+def exact(q, k, v, bias, g, feature, about):
+    """O of some heads, or with g the gradients (dq, dk, dv, and dbias if it learns)."""
+    import torch
+
+    wide, out, sums, dbias = torch.promote_types(q.dtype, torch.float32), [], [0, 0], []
+    b, n = torch.arange(q.shape[0], device=q.device)[:, None, None, None], places(about)
+    for first in range(0, q.shape[2], providers.CHUNK):
+        rows = slice(first, first + providers.CHUNK)
+        leaves = [q[:, :, rows], k, v] + ([bias[:, :, rows]] if feature.learned else [])
+        leaves = [t.detach().requires_grad_(g is not None) for t in leaves]
+        s = (leaves[0] * q.shape[-1] ** -0.5) @ leaves[1].mT
+        if feature.biased:
+            s = s + (leaves[3] if feature.learned else bias[:, :, rows])
+        if feature.visible is not None:
+            s = s.masked_fill(~feature.visible(b, n[rows, None], n, about), -math.inf)
+        o = s.softmax(-1) @ leaves[2]
+        if g is None:
+            out.append(o)
+            continue
+        dq, *grads = torch.autograd.grad(o, leaves, g[:, :, rows])
+        out.append(dq)
+        sums = [total + grad.to(wide) for total, grad in zip(sums, grads, strict=False)]
+        dbias += grads[2:]
+    out = torch.cat(out, 2)
+    if g is None:
+        return out
+    return (out, *(total.to(q.dtype) for total in sums), *([torch.cat(dbias, 2)] if dbias else []))
+
+
+def attention(mode, name, B, H, S, D, dtype, seed):
+    """The Comparison of a feature: forward, or backward."""
+    import torch
+
+    feature, bwd = FEATURES[name](), mode == "bwd"
+    q, k, v = providers.inputs(seed, (B, H, S, D), dtype, 3, grad=bwd)
+    about = about_masks(B, S, dtype)
+    mask = feature.tensor(about) if feature.tensor else None
+    if feature.biased:
+        (mask,) = providers.inputs(seed + 1, (1, H, S, S), dtype, 1, grad=bwd and feature.learned)
+    wanted = (q, k, v, *([mask] if feature.learned else []))
+    g = torch.randn_like(q) if bwd else None
+
+    def make(prepare):
+        call = prepare(q, k, v, mask, feature)
+        if feature.compiled:
+            torch._dynamo.reset()
+            torch._functorch.config.donated_buffer = False
+            call = torch.compile(call)
+        if not bwd:
+            return call
+        out = call()
+        return lambda: torch.autograd.grad(out, wanted, g, retain_graph=True)
+
+    makes = {OURS: ours, "flex": functools.partial(flex, about=about)}
+    makes |= {name: functools.partial(sdpa, backend) for name, backend in BACKENDS.items()}
+    head = lambda t: t.detach()[:, -1:]  # noqa: E731  of every batch, which a bias may be a sum over
+    pick = lambda out: tuple(map(head, out)) if isinstance(out, tuple) else head(out)  # noqa: E731
+
+    def reference(dtype):
+        bias = head(mask).to(dtype) if feature.biased else None
+        return exact(*(head(t).to(dtype) for t in (q, k, v)), bias, head(g).to(dtype) if bwd else None, feature, about)
+
+    moved = q.element_size() * 4 * B * H * S * D * (2 if bwd else 1)
+    if mask is not None:
+        moved += mask.numel() * mask.element_size() * (2 if bwd and feature.learned else 1)
+    flops = (10 if bwd else 4) * H * visible_pairs(feature, B, about) * D
+    return Comparison({name: functools.partial(make, p) for name, p in makes.items()}, reference, pick, moved, flops)
+
+
+# ---- a layer that has it
+
+
+def layer(name, B, H, S, E, dtype, seed):
+    """The Comparison of a step of training: forward, and the gradients of the input and all parameters."""
+    import copy
+
+    import torch
+
+    from triton_attention.device import DEVICE
+    from triton_attention_layer import TritonMultiheadAttention
+
+    torch.manual_seed(seed)
+    stock = torch.nn.TransformerEncoderLayer(E, H, 4 * E, dropout=0.0, batch_first=True, device=DEVICE)
+    about = about_masks(B, S, dtype)
+    options = LAYERS[name](about)
+    (x,) = providers.inputs(seed, (B, S, E), dtype, 1, grad=True)
+    g = torch.randn_like(x)
+
+    def make(provider, dtype=x.dtype, inputs=x, options=options):
+        module = copy.deepcopy(stock).to(dtype)
+        if provider == OURS:
+            attention = TritonMultiheadAttention(E, H, batch_first=True, device=DEVICE, dtype=dtype)
+            attention.load_state_dict(module.self_attn.state_dict())
+            module.self_attn = attention
+        weights = list(module.parameters())
+
+        def step():
+            out = module(inputs, **options)
+            return (out, *torch.autograd.grad(out, [inputs, *weights], g[-len(inputs) :].to(dtype)))
+
+        return step
+
+    def reference(dtype):
+        last = {key: t[-1:] if key == "src_key_padding_mask" else t for key, t in options.items()}
+        return make(STOCK, dtype, x[-1:].detach().to(dtype).requires_grad_(), last)()[:2]
+
+    weights = sum(p.numel() for p in stock.parameters())
+    flops = 6 * B * S * weights + 12 * B * S * S * E
+    moved = x.element_size() * (3 * weights + 4 * x.numel())
+    makes = {provider: functools.partial(make, provider) for provider in (OURS, STOCK)}
+    return Comparison(makes, reference, lambda out: tuple(t[-1:] for t in out[:2]), moved, flops)
+
+
+def rows(args, interpreted):
+    """The Cases: each feature forward and backward, then the layers in training."""
+    dtype = (args.dtype or ["bfloat16"])[0]
+    for mode in ("fwd", "bwd") if args.mode == "both" else (args.mode,):
+        for D in args.head_dim or ([16] if interpreted else [128] if args.quick else [128, 64]):
+            B, H = args.batch or (2 if interpreted else 4), args.heads or (2 if interpreted else 16)
+            for S in args.seq_lens or [64 if interpreted else 4096]:
+                for name in FEATURES:
+                    shape = f"B{B} H{H} S{S} D{D}"
+                    build = functools.partial(attention, mode, name, B, H, S, D, dtype, args.seed)
+                    about = {"mode": mode, "same": False, "feature": name, "S": S, "D": D}
+                    yield Case("forward" if mode == "fwd" else "backward", f"{shape} {name}", list(PEERS), build, about)
+    if args.mode == "both":
+        B, S, E, H = (2, 32, 64, 4) if interpreted else (8, 2048, 1024, 16)
+        for name in LAYERS:
+            build = functools.partial(layer, name, B, H, S, E, dtype, args.seed)
+            about = {"mode": "train", "same": False, "feature": name, "S": S}
+            yield Case("training", f"B{B} H{H} S{S} E{E} {name}", [OURS, STOCK], build, about)
