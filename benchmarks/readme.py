@@ -194,10 +194,10 @@ def results_readme():
     lines = [
         "# Results", "",
         "Written by `python3 -m benchmarks.readme` from the JSON files beside it, which have errors, quantiles and",
-        'peak memory too. Medians, L2 cleared before each call, every result checked against float64 first. "PyTorch" is',
-        'its matmul, softmax, matmul with autograd (or its `nn.MultiheadAttention` in eval). "Of the roofline" is the time',
-        'that the copy bandwidth and the matmul speed of the same run allow for the bytes ("moves") and the flops of the',
-        "computation, causal counting what is visible, as a share of the time.",
+        'peak memory too. Medians, L2 cleared before each call, every result checked against float64 first. "PyTorch"',
+        'is its matmul, softmax, matmul with autograd (or its `nn.MultiheadAttention` in eval). "Of the roofline" is',
+        'the time that the copy bandwidth and the matmul speed of the same run allow for the bytes ("moves") and the',
+        "flops of the computation, causal counting what is visible, as a share of the time.",
     ]
     order = {name: i for i, name in enumerate(SHOWN)}
     for folder in sorted(gpus(RESULTS), key=lambda path: (order.get(path.name, len(order)), path.name)):
