@@ -2,7 +2,8 @@
 
 A Feature says which pairs are visible and which bias they have, once for everybody: as a tensor for ours and SDPA, as
 a function of the place for FlexAttention, and for the reference a block of queries at a time. What a peer prepares
-once for a model (FlexAttention's block mask, torch.compile) is not timed; ours has nothing to prepare.
+once for a model (FlexAttention's block mask, torch.compile, without a search for tiles) is not timed; ours has nothing
+to prepare.
 """
 
 import functools
@@ -155,14 +156,10 @@ def sdpa(backend, q, k, v, mask, feature):
 
 def flex(q, k, v, mask, feature, about):
     import torch
-    import torch._dynamo
-    import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not torch.cuda.is_available():
         raise NotImplementedError("compiled for a GPU only")
-    torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # a backward is timed many times over
     block_mask, score_mod = None, None
     if feature.visible is not None:
         B = q.shape[0] if feature.visible in (padding, padded_future) else None
@@ -206,7 +203,11 @@ def exact(q, k, v, bias, g, feature, about):
 def attention(mode, name, B, H, S, D, dtype, seed):
     """The Comparison of a feature: forward, or backward."""
     import torch
+    import torch._dynamo
+    import torch._functorch.config
 
+    torch._dynamo.reset()  # past eight shapes dynamo gives up
+    torch._functorch.config.donated_buffer = False  # a backward is timed many times over
     feature, bwd = FEATURES[name](), mode == "bwd"
     q, k, v = providers.inputs(seed, (B, H, S, D), dtype, 3, grad=bwd)
     about = about_masks(B, S, dtype)
@@ -219,8 +220,6 @@ def attention(mode, name, B, H, S, D, dtype, seed):
     def make(prepare):
         call = prepare(q, k, v, mask, feature)
         if feature.compiled:
-            torch._dynamo.reset()
-            torch._functorch.config.donated_buffer = False
             call = torch.compile(call)
         if not bwd:
             return call
@@ -281,7 +280,8 @@ def layer(name, B, H, S, E, dtype, seed):
         return make(STOCK, dtype, x[-1:].detach().to(dtype).requires_grad_(), last)()[:2]
 
     weights = sum(p.numel() for p in stock.parameters())
-    flops = 6 * B * S * weights + 12 * B * S * S * E
+    pairs = {"encoder layer, causal": causal, "encoder layer, padding": padding}.get(name)
+    flops = 6 * B * S * weights + 12 * visible_pairs(Feature(pairs), B, about) * E
     moved = x.element_size() * (3 * weights + 4 * x.numel())
     makes = {provider: functools.partial(make, provider) for provider in (OURS, STOCK)}
     return Comparison(makes, reference, lambda out: tuple(t[-1:] for t in out[:2]), moved, flops)

@@ -78,6 +78,9 @@ class Results:
             saved = json.loads(path.read_text())
             if saved["gpu"] == info["gpu"]:
                 self.rows = [row for row in map(_as_row, saved["rows"]) if keep(row)]
+            if self.rows and saved.get("timed") != info.get("timed"):
+                print(f"{len(self.rows)} points in {path.name} were timed in another way: they are measured anew")
+                self.rows = []
             if self.rows and saved["commit"] != info["commit"]:
                 print(f"{len(self.rows)} points in {path.name} are of commit {saved['commit']}, now {info['commit']}")
 

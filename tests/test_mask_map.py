@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.reference import BF16, DEVICE, F32, INF, NAN, compare, randn, torch_fused
-from triton_attention import mask_map
+from triton_attention import mask_map, tuned
 from triton_attention.mask_map import map_of, units_of
 from triton_attention_fused import attention_fused
 
@@ -22,6 +22,10 @@ MASKS = {
     ).expand(B, H, M, N),
     "0 and -inf": lambda: torch.zeros(M, N, device=DEVICE).masked_fill(
         torch.ones(M, N, device=DEVICE).triu(20) > 0, -INF
+    ).expand(B, H, M, N),
+    "queries": lambda: (torch.arange(M, device=DEVICE)[:, None] % 64 < 32).expand(B, H, M, N),
+    "queries, 0 and -inf": lambda: torch.zeros(2, 1, M, 1, device=DEVICE).masked_fill(
+        torch.arange(M, device=DEVICE)[:, None] >= LENGTHS[:, None, None, None] - 30, -INF
     ).expand(B, H, M, N),
     "bias": lambda: torch.randn(1, H, M, N, device=DEVICE, dtype=BF16).expand(B, H, M, N),
 }
@@ -120,9 +124,32 @@ def test_hidden_tiles_are_not_read(name, options):
         assert torch.allclose(ours, exact, atol=1e-4)
 
 
+@pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("name", MASKS)
-def test_against_pytorch(name):
+def test_against_pytorch(name, listed, monkeypatch):
+    if not listed:
+        monkeypatch.setattr(mask_map, "LISTS_FROM", 1 << 60)
     torch.manual_seed(0)
     q, k, v = (randn(B, H, n, 24, dtype=BF16) for n in (M, N, N))
     ours = lambda q, k, v, mask: attention_fused(q, k, v, mask, block_m=32, block_n=16)  # noqa: E731
     compare(ours, lambda q, k, v, mask: torch_fused(q, k, v, mask)[0], q, k, v, MASKS[name]())
+
+
+def test_partial_tiles_are_no_wider_than_the_callers(monkeypatch):
+    """A tuned row may ask for narrow partial tiles; with block_n below that, keys would count twice."""
+    monkeypatch.setattr(tuned, "INTERPRETED", tuned.INTERPRETED._replace(narrow=32))
+    q, k, v = (randn(B, H, n, 24, dtype=F32) for n in (M, N, N))
+    ours = lambda q, k, v, mask: attention_fused(q, k, v, mask, block_m=32, block_n=16)  # noqa: E731
+    compare(ours, lambda q, k, v, mask: torch_fused(q, k, v, mask)[0], q, k, v, MASKS["documents"]())
+
+
+def test_a_transposed_mask_of_more_than_2_31_elements_apart():
+    if DEVICE.type != "cpu":
+        pytest.skip("an address space of its own")
+    n, apart = 48, 1 << 26
+    mask = torch.ones(1, dtype=torch.bool).expand(64, n).clone()
+    far = torch.empty((n - 1) * apart + 64, dtype=torch.bool).as_strided((64, n), (1, apart))  # pages come when touched
+    mask[::3, 5:] = False
+    far.copy_(mask)
+    q, k = torch.randn(1, 1, 64, 16), torch.randn(1, 1, n, 16)
+    assert torch.allclose(attention_fused(q, k, k, far), attention_fused(q, k, k, mask), atol=1e-6)

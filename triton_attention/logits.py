@@ -103,7 +103,7 @@ class Visits(NamedTuple):
 
 @triton.jit
 def listed(bounds, lists_ptr, counts_ptr, strides, capacity, off_b, off_h, row, split, OPTIONS: tl.constexpr):
-    """The Visits of a row of tiles; see TileLists in mask_map.py."""
+    """The Visits of a row of tiles; see map_of in mask_map.py."""
     if OPTIONS.LISTED:
         at = off_b * strides[0] + off_h * strides[1] + row * strides[2] + split
         plains, partials = tl.load(counts_ptr + 2 * at), tl.load(counts_ptr + 2 * at + 1)
@@ -181,7 +181,8 @@ def load_mask(band, offs_m, offs_n, M_AXIS: tl.constexpr, MASKED: tl.constexpr, 
             inside = offs_n < shape[1]
             if OPTIONS.ALIGNED:  # the same, but for Triton too the same for 16 keys, so that a thread loads several
                 inside = offs_n // 16 * 16 < shape[1]
-            ptrs = ptr + offs_m.to(tl.int64)[:, None] * strides[0] + offs_n[None, :] * strides[1]
+            columns = offs_n if OPTIONS.ALIGNED else offs_n.to(tl.int64)  # a large mask may be transposed
+            ptrs = ptr + offs_m.to(tl.int64)[:, None] * strides[0] + columns[None, :] * strides[1]
             tile = tl.load(ptrs, mask=(offs_m < shape[0])[:, None] & inside[None, :], other=0)
             if M_AXIS == 1:
                 tile = tl.trans(tile)

@@ -1,10 +1,10 @@
 """A map of a mask: which tiles a fused kernel need not visit, and in which of them it need not read the mask.
 
     mask, 32 x 32 elements a unit     tiles of a kernel, by rows      of each row a list of tiles
-      2 2 1 0                           plain   partial  -              0 . . 1    plain from the front, partial
+      2 2 1 0                           plain   partial                 0 1        plain from the front, partial
       2 2 1 0                                                                      from the back, hidden not at all
-      2 2 2 1                           plain   plain    partial        0 1 . 2
-      2 2 2 2
+      2 2 0 1                           plain   partial                 0 1
+      2 2 0 2
 
     0 hidden, no query sees a key; 2 plain, all see all (of a float mask: all zeros); 1 partial, anything else
 
@@ -39,7 +39,8 @@ def _classify_kernel(
     row, first = tile // spans, tile % spans * WIDTH
     offs_m, offs_n = row * UNIT + tl.arange(0, UNIT), first * UNIT + tl.arange(0, WIDTH * UNIT)
     mask = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
-    outside = offs_m[:, None] >= M  # rows that do not count
+    # what does not count: rows past the last, and columns past the one that is for all keys
+    outside = (offs_m[:, None] >= M) | ((offs_n[None, :] > 0) & (N == 1))
     if IS_BOOL:
         x = load_tile(mask, (stride_am, stride_an), (M, N), offs_m, offs_n, False).to(tl.int32)
         seen, plain = x != 0, (x != 0) | outside
@@ -85,8 +86,8 @@ def _list_kernel(
                     unit = tl.load(head + m * stride_um + n * stride_un, mask=inside, other=0)
                     seen = seen | (unit > 0)
                     plain = plain & ((unit == 2) | (m >= row_units))
-        if TRANSPOSED:  # loads of plain tiles are not checked
-            plain = plain & (start_m + BLOCK_M <= M)
+        # loads of plain tiles are not checked
+        plain = plain & (start_m + BLOCK_M <= M if TRANSPOSED else start_n + BLOCK_N <= N)
         if RIGHT:
             seen = seen & (start_n <= start_m + (BLOCK_M - 1) + right)
             plain = plain & (start_n + (BLOCK_N - 1) <= start_m + right)
@@ -140,9 +141,9 @@ def map_of(mask, units, tile, M, N, left, right, *, transposed=False, group=1, c
     width = tile.BLOCK_M if transposed else tile.BLOCK_N
     about = {"ONE_ROW": False, "ALIGNED": False, "LISTED": False, "NARROW": width}
     if mask is not None:
-        about["NARROW"] = tile.narrow or width
+        about["NARROW"] = min(tile.narrow or width, width)
         about["ONE_ROW"] = mask.stride(2) == 0
-        about["ALIGNED"] = isinstance(N, int) and N % 16 == 0 and mask.stride(3) == 1
+        about["ALIGNED"] = N % 16 == 0 and mask.stride(3) == 1
     if units is None:
         return [None, None, 0, 0, 0, 0], about
     b, h, mask_rows = _once(mask).shape[:3]
@@ -155,9 +156,8 @@ def map_of(mask, units, tile, M, N, left, right, *, transposed=False, group=1, c
     heads = h // group
     lists = torch.empty(b * heads * rows * splits * capacity, dtype=torch.int32, device=mask.device)
     counts = torch.empty(b * heads * rows * splits * 2, dtype=torch.int32, device=mask.device)
-    strides = list(units.stride())
-    if mask_rows == 1:
-        strides[2] = 0
+    # one row of units, or one column of them, is for all
+    strides = [stride if size > 1 else 0 for stride, size in zip(units.stride(), _once(mask).shape, strict=True)]
     launch(
         _list_kernel, b * heads * rows * splits,
         units, *strides, lists, counts, heads, rows, M, N, left or 0, right or 0, chunk, capacity,
