@@ -254,7 +254,7 @@ def fused_launches(dtype, D, quick):
     allowed = torch.ones(1, 1, 256, 256, dtype=torch.bool)
     padding = allowed[:, :, :1].expand(1, 1, 256, 256)
     kinds = ((None, 0, "causal"), (allowed, None, "mask"), (bias, None, "bias"), (padding, 0, "padding, causal"))
-    for mask, right, kind in kinds[: 4 if not quick else 3 if dtype == torch.bfloat16 else 1]:
+    for mask, right, kind in kinds[: 4 if not quick else 1 if dtype == torch.float32 else 2 + (D == 64)]:
         arguments = (q, k, k, mask, None, None, *scalars, None, right, None, None)
         yield f"fused {name} {kind}", fused_op, arguments
         arguments = (q, None, q, k, k, mask, None, None, q, lse, stats, *scalars, None, right)
