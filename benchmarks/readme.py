@@ -120,6 +120,16 @@ def attention(folder, info, rows):
     return lines + picture(folder, "benchmark_roofline", "Every kernel as a point under the roofline of the GPU")
 
 
+def compared_table(title, names, compared, number):
+    """A line for each case of compare(): number(case, name) of who was timed, and the ratio."""
+    lines = ["", f"| {title} | {' | '.join(names)} | ratio |", "|---" * (len(names) + 2) + "|"]
+    for case, medians, ratio, _ in compared:
+        cells = [number(case, name) if name in medians else "–" for name in names]
+        cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*ratio) if ratio else "–")
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return lines
+
+
 def peers(folder, info, rows):
     passes = len(rows[0].passes) or len({row.name for row in rows}) // len({row.about["mode"] for row in rows})
     lines = [
@@ -127,17 +137,12 @@ def peers(folder, info, rows):
         f"TFLOP/s: medians over the passes ({passes}), and the ratio of ours to the best of the others, with the least",
         "and the greatest of a pass.", "", conditions(info),
     ]
-    for mode, name in PASSES_OF.items():
-        names, compared = PEERS[mode], compare(rows, mode)
-        if not compared:
-            continue
-        lines += ["", f"| {name} | {' | '.join(names)} | ratio |", "|---" * (len(names) + 2) + "|"]
-        for case, medians, ratio, _ in compared:
-            cells = [f"{medians[name]:.0f}" if name in medians else "–" for name in names]
-            cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*ratio) if ratio else "–")
-            lines.append(f"| {case} | {' | '.join(cells)} |")
-        average = mean(compared)
-        lines += ["", f"Geometric mean of the ratios {SAME}: {average:.2f}."] if average else []
+    for mode, title in PASSES_OF.items():
+        if compared := compare(rows, mode):
+            medians = {case: by_provider for case, by_provider, _, _ in compared}
+            lines += compared_table(title, PEERS[mode], compared, lambda case, name, m=medians: f"{m[case][name]:.0f}")
+            average = mean(compared)
+            lines += ["", f"Geometric mean of the ratios {SAME}: {average:.2f}."] if average else []
     return lines
 
 
@@ -148,16 +153,11 @@ def features(folder, info, rows):
         "What a peer prepares once for a model (FlexAttention's block mask, torch.compile) is not timed.", "",
         conditions(info),
     ]
-    for mode, name in {**PASSES_OF, "train": "training"}.items():
+    for mode, title in {**PASSES_OF, "train": "training"}.items():
         ms = {(row.case, row.provider): row.ms for row in rows if row.about["mode"] == mode}
-        names, compared = list(dict.fromkeys(peer for _, peer in ms)), compare(rows, mode)
-        if not compared:
-            continue
-        lines += ["", f"| {name} | {' | '.join(names)} | ratio |", "|---" * (len(names) + 2) + "|"]
-        for case, medians, ratio, _ in compared:
-            cells = [f"{ms[case, peer]:.3f}" if peer in medians else "–" for peer in names]
-            cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*ratio) if ratio else "–")
-            lines.append(f"| {case} | {' | '.join(cells)} |")
+        if compared := compare(rows, mode):
+            names = list(dict.fromkeys(name for _, name in ms))
+            lines += compared_table(title, names, compared, lambda case, name, ms=ms: f"{ms[case, name]:.3f}")
     return lines
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import features, figures, harness, providers, tuning
+from benchmarks.readme import features as results_features
 from benchmarks.readme import readme, results_readme
 from benchmarks.results import OURS, Row, compare, mean
 from tests.reference import HERE, run_python
@@ -115,6 +116,15 @@ def test_benchmark_compares_passes_of_one_row():
     measured = [Row("forward", "a", OURS, ms=2.0, tflops=6.0, passes=[2.0, 1.0, 3.0], about=about)]
     measured.append(Row("forward", "a", "fa3", ms=4.0, tflops=3.0, passes=[4.0, 4.0, 2.0], about=about))
     assert compare(measured, "fwd") == [("a", {OURS: 6.0, "fa3": 3.0}, (2.0, 2.0 / 3.0, 4.0), True)]
+
+
+def test_benchmark_of_features_has_a_table():
+    about = {"mode": "fwd", "same": False}
+    rows = [Row("forward", "padding", OURS, ms=1.0, tflops=2.0, passes=[1.0, 0.9, 1.1], about=about)]
+    rows.append(Row("forward", "padding", "flex", ms=2.0, tflops=1.0, passes=[2.0, 2.0, 2.0], about=about))
+    rows.append(Row("forward", "padding", "SDPA flash", note="RuntimeError", about=about))
+    info = dict.fromkeys(("gpu", "driver", "torch", "triton", "commit"), "") | {"copy_gbps": 1.0, "matmul_tflops": 1.0}
+    assert results_features(None, info, rows)[-1] == "| padding | 1.000 | 2.000 | – | 2.00 [1.82, 2.22] |"
 
 
 @pytest.mark.parametrize("mode", ["fwd", "bwd"])
