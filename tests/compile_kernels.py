@@ -111,25 +111,38 @@ def usage(kernel):
 OWN_BARRIERS = r"\bbar(?:rier)?\.(?:cta\.)?(?:sync|arrive|red)\S*\s+(?:[89]|1[0-5])\b"  # of the Hopper kernels
 
 
+def innermost_loops(kernel):
+    """Of a Hopper kernel's machine code, the instructions of each loop that has a few branches at most, and is not the
+    repair of NaN."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", cuobjdump(kernel.asm["cubin"], "--dump-sass"))
+    code = [(int(address, 16), text) for address, text in found]
+    for end, text in code:
+        back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        loop = [t for at, t in code if int(back.group(1), 16) <= at <= end] if back else []
+        if sum("BRA" in t for t in loop) < 8 and not any("UTMALDG" in t for t in loop):
+            yield loop
+
+
+def spills_where_it_counts(kernel):
+    """Loads and stores that spill within the innermost loops of a Hopper kernel. (What a thread computes once from its
+    number, ptxas may keep in memory while a tile is worked on: a few loads for each tile of queries.)"""
+    return sum(bool(re.search(r"\b(?:STL|LDL)\b", t)) for loop in innermost_loops(kernel) for t in loop)
+
+
 def softmax_overlaps(kernel):
     """Whether in the innermost loops of a Hopper kernel the exponentials overlap a product in flight: almost half of
     them in the forward pass, which waits for it in their middle, three quarters in the backward pass. (ptxas may move
     the wait up: right results, a third slower. Not where three warpgroups of 128 registers fill the gaps of each other,
     nor where head dims of 256 have few exponentials.)"""
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", cuobjdump(kernel.asm["cubin"], "--dump-sass"))
-    code = [(int(address, 16), text) for address, text in found]
     shares = []
-    for end, text in code:
-        back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        loop = [t for at, t in code if int(back.group(1), 16) <= at <= end] if back else []
-        if sum("BRA" in t for t in loop) < 8 and not any("UTMALDG" in t for t in loop):  # innermost, not the repair
-            overlapped, in_flight = [], False
-            for t in loop:
-                if "HGMMA" in t or "DEPBAR.LE gsb0, 0x0" in t:
-                    in_flight = "HGMMA" in t
-                elif "MUFU.EX2" in t:
-                    overlapped.append(in_flight)
-            shares += [sum(overlapped) / len(overlapped)] if overlapped else []
+    for loop in innermost_loops(kernel):
+        overlapped, in_flight = [], False
+        for t in loop:
+            if "HGMMA" in t or "DEPBAR.LE gsb0, 0x0" in t:
+                in_flight = "HGMMA" in t
+            elif "MUFU.EX2" in t:
+                overlapped.append(in_flight)
+        shares += [sum(overlapped) / len(overlapped)] if overlapped else []
     return bool(shares) and min(shares) >= (0.75 if kernel.metadata.name == "_backward_kernel" else 0.45)
 
 
@@ -338,6 +351,25 @@ def launches(architecture, quick=False):
             for kind, left, right in (*kinds, *(() if quick else (("causal, unaligned", None, 10),))):
                 arguments = (q, q, q, *none, *scalars, left, right, None, None)
                 yield f"fused on Hopper bfloat16 D{D} {kind}", forward.run, arguments
+            if D <= 128:
+                for kind, right in (("mask", None), ("mask, causal", 0))[: 1 if quick else 2]:
+                    for rows in (q, q.repeat(1, 6, 16, 1))[: 2 if D == 64 else 1]:
+                        S = rows.shape[2]  # all queries alike if there are many
+                        mask = torch.ones(1, 1, S if rows is q else 1, S, dtype=torch.bool).expand(*rows.shape[:3], S)
+                        arguments = (rows, rows, rows, mask, None, None, *scalars, None, right, None, None)
+                        label = f"fused on Hopper bfloat16 D{D} {kind}{'' if rows is q else ', long'}"
+                        yield label, forward.run, arguments
+                        lse = torch.zeros(rows.shape[:3])
+                        arguments = (rows, None, rows, rows, rows, mask, None, None, rows, lse, None, *scalars)
+                        label = label.replace("fused", "fused backward")
+                        yield label, backward.run, (*arguments, None, right)
+                bias = q[:, :, :, :1].expand(1, 2, 256, 256).contiguous()
+                for kind, right in (("bias", None), ("bias, causal", 0))[: 1 if quick else 2]:
+                    arguments = (q, q, q, bias, None, None, *scalars, None, right, None, None)
+                    yield f"fused on Hopper bfloat16 D{D} {kind}", forward.run, arguments
+                    saved = torch.zeros(1, 2, 256), torch.zeros(1, 2, 256, 2)
+                    arguments = (q, None, q, q, q, bias, None, None, q, *saved, *scalars, None, right)
+                    yield f"fused backward on Hopper bfloat16 D{D} {kind}", backward.run, arguments
             if D <= 128 and not quick:
                 few, label = q[:, :, :128], f"fused on Hopper bfloat16 D{D} causal, few keys"
                 yield label, forward.run, (q, few, few, *none, *scalars, None, 0, None, None)
@@ -409,9 +441,12 @@ def rows(name, quick):
             registers, spills = usage(kernel)
             shared = kernel.metadata.shared / 1024
             slow_anyway = any(part in label for part in ("unaligned rows", "dropout", "few, mask", "short mask"))
+            if name_of_kernel in ("_forward_kernel", "_backward_kernel") and spills:
+                spills = spills_where_it_counts(kernel)
             problems = [f"{spills} spills"] if spills and not slow_anyway else []
             problems += [f"shared memory over {SHARED_KIB[name]} KiB"] if shared > SHARED_KIB[name] else []
             overlaps = name_of_kernel in ("_forward_kernel", "_backward_kernel") and "D256" not in label
+            overlaps &= "bias" not in label  # where it comes from shared memory: some of them only, and fast enough
             if overlaps and registers > 128 and not softmax_overlaps(kernel):
                 problems.append("the exponentials do not overlap a product")
             if name_of_kernel in ("_forward_kernel", "_backward_kernel") and re.search(OWN_BARRIERS, kernel.asm["ptx"]):

@@ -198,9 +198,13 @@ def mark_nan(x, ptr, other_ptr):
 
 def load_from(ptr, mask=None, other=0):
     """An element, or a tensor of them."""
-    if not isinstance(ptr.offset, torch.Tensor):
-        return ptr.data[ptr.offset].item()
-    return torch.where(mask, ptr.data[torch.where(mask, ptr.offset, 0)], other)
+    at = torch.as_tensor(ptr.offset)
+    mask = torch.as_tensor(True if mask is None else mask).expand(at.shape)
+    at = torch.where(mask, at, 0)
+    if not (0 <= at.min() and at.max() < len(ptr.data)):
+        raise AssertionError("a load from outside of a tensor")
+    loaded = torch.where(mask, ptr.data[at], other)
+    return loaded if isinstance(ptr.offset, torch.Tensor) else loaded.item()
 
 
 class FirstLane:
@@ -315,7 +319,7 @@ LANGUAGE = SimpleNamespace(
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log=torch.log, abs=torch.abs,
     reshape=torch.reshape, permute=torch.permute, broadcast=torch.broadcast_tensors,
     split=lambda x: x.unbind(-1), join=lambda x, y: torch.stack((x, y), -1),
-    convert_layout=lambda x, layout: x, load=load_from, store=store,
+    fma=lambda a, b, c: a * b + c, convert_layout=lambda x, layout: x, load=load_from, store=store,
     warp_specialize=warp_specialize, allocate_shared_memory=allocate,
     NVMMADistributedLayout=nothing, NVMMASharedLayout=nothing, DotOperandLayout=nothing,
     SliceLayout=nothing, BlockedLayout=nothing, SwizzledSharedLayout=nothing,
@@ -329,6 +333,9 @@ NAMES = {
     "named_barrier_arrive": named_barrier_arrive, "named_barrier_sync": named_barrier_sync, "barrier": nothing,
     "computed_together": lambda x: x, "clamp": lambda x: x.nan_to_num(-(2.0**100)).clamp(-(2.0**100), 2.0**100),
     "broadcast_rows": lambda x, tile: x.unsqueeze(1),
+    "word_places": lambda tile: (
+        torch.arange(tile.shape[0])[:, None], torch.arange(tile.shape[1] // 32)[None], torch.arange(32)[None, None]
+    ),
     "tma": SimpleNamespace(store_wait=store_wait, tensor_descriptor=Descriptor),
     "store_wait_complete": store_wait_complete, "ctaid": lambda: current.number,
     "rescale": lambda x, alpha: x * alpha, "mark_nan": mark_nan,

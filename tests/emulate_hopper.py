@@ -21,29 +21,47 @@ from tests.emulate_gluon import Barrier, Descriptor, Pointer, current, load, run
 from tests.reference import torch_fused  # noqa: E402
 from triton_attention.hopper import backward as kernels, forward as forward_kernels  # noqa: E402
 from triton_attention.logits import LOG2E  # noqa: E402
+from triton_attention.mask_map import bits_of, map_of, orders_of, units_of  # noqa: E402
+from triton_attention.tuned import Tile  # noqa: E402
 
 HOPPER = Path(forward_kernels.__file__).parent
 FORWARD, BACKWARD, SCORES, VALUES = (HOPPER / f"{name}.py" for name in ("forward", "backward", "scores", "values"))
+MASK = HOPPER / "mask.py"
 SHARED = [HOPPER / f"{name}.py" for name in ("mask", "nan_repair", "softmax")]
 
 
 def forward(
-    q, k, v, scale, left=None, right=None, block_m=128, block_d=64, stages=2, programs=2, section=2, source=None
+    q, k, v, scale, left=None, right=None, block_m=128, block_d=64, stages=2, programs=2, section=2, mask=None,
+    source=None,
 ):
-    """(O, lse, its log) of the kernel; q [B, H, M, D], k and v [B, Hk, N, D], D up to block_d, scale > 0."""
+    """(O, lse, its log) of the kernel; q [B, H, M, D], k and v [B, Hk, N, D], D up to block_d, scale > 0, mask or None
+    [B, H, M, N], expanded."""
     kernel = load("".join(path.read_text() for path in SHARED) + (source or FORWARD.read_text()))
     (B, H, M), (Hk, N) = q.shape[:3], k.shape[1:3]
     row_tiles, block_n, q_stages = -(-M // block_m), *((64, 1) if block_d == 256 else (128, 2))
     o, lse = torch.full_like(q, torch.nan), torch.full((B * H * M,), torch.nan)
     counter, items = torch.zeros(1, dtype=torch.int32), B * H * row_tiles
     log = torch.full((4 * (items + programs),), 1 << 30, dtype=torch.int32)
+    lists, words, word_steps, bias = [log, log, 0, 0, 0, 0], log, (0, 0, 0, 0), None
+    stats, biased = torch.full((B * H * M, 2), torch.nan), mask is not None and mask.dtype != torch.bool
+    if mask is not None:
+        if biased:
+            units, (bias, steps) = units_of(mask, always=True), forward_kernels.bias_of(mask)
+            word_steps = (*steps, 0)
+            q_stages = 1 if block_d > 64 else q_stages
+        else:
+            units, words, word_steps = bits_of(mask)
+        lists, _ = map_of(mask, units, Tile(block_m, block_n, block_d, 4, 2), M, N, left, right, nonempty=True)
     arguments = (
         Descriptor(q, 64, block_d), Descriptor(k, block_n, block_d), Descriptor(v, block_n, block_d),
         Descriptor(o, 64, block_d),
-        Pointer(lse), Pointer(counter), Pointer(log), scale * LOG2E.value,
+        Descriptor(bias, 64, block_n) if biased else None,
+        Pointer(lse), Pointer(stats.view(-1)), Pointer(counter), Pointer(log), scale * (1.0 if biased else LOG2E.value),
         items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
-        left is not None, right is not None, forward_kernels.masks_inner_tiles(left, right),
-        block_m == block_n and forward_kernels.halves_first_tile(left, right, M, N),
+        Pointer(lists[0]), Pointer(lists[1]), *lists[2:], Pointer(words.flatten()), *word_steps,
+        left is not None, right is not None, mask is not None, biased,
+        mask is None and forward_kernels.masks_inner_tiles(left, right),
+        mask is None and block_m == block_n and forward_kernels.halves_first_tile(left, right, M, N),
         block_m, block_n, block_d, stages, q_stages, 0, 0,
     )
     current.size, current.first = programs, 128
@@ -54,29 +72,48 @@ def forward(
 
 def backward(
     q, k, v, do, dlse, scale, left=None, right=None, block_m=128, section=1, dq_stages=1, stages=2, programs=3,
-    source=None,
+    mask=None, source=None,
 ):
     """(O, lse, dQ, dK, dV), the first two by PyTorch; block_m 128: D up to 64, 64: up to 128."""
-    kernel = load(source or BACKWARD.read_text())
+    kernel = load(MASK.read_text() + (source or BACKWARD.read_text()))
     (B, H, M), (Hk, N), head_dim = q.shape[:3], k.shape[1:3], 8192 // block_m
-    o, lse = exact(q, *(t.where(t.abs() < 1e30, 0.0) for t in (k, v)), scale, left, right)
-    stats, semaphores = kernels.preprocess(do, dlse, o, lse, torch.empty(B, H, M, 4), block_m)
+    o, lse = exact(q, *(t.where(t.abs() < 1e30, 0.0) for t in (k, v)), scale, left, right, mask)
+    biased, pairs = mask is not None and mask.dtype != torch.bool, None
+    if biased:  # as the forward pass has them
+        s = (q @ k.repeat_interleave(H // Hk, 1).mT * scale + mask).masked_fill(~visible(M, N, left, right), -torch.inf)
+        top = s.nan_to_num(-torch.inf).amax(-1).clamp_min(-3e38)
+        pairs = torch.stack([top, (s - top[..., None]).exp().nan_to_num().sum(-1)], -1)
+    stats, semaphores = kernels.preprocess(do, dlse, o, lse, pairs, torch.empty(B, H, M, 4), block_m)
     dq_accum = torch.full((64 * len(semaphores), 128), torch.nan)
     dq, dk, dv = (torch.full_like(t, torch.nan) for t in (q, k, v))
-    column_tiles, outer = -(-N // 128), N if left is None and right is None else right
+    column_tiles, outer = -(-N // 128), N if mask is None and left is None and right is None else right
+    lists, words, word_steps, orders = [semaphores, semaphores, 0, 0, 0, 0], semaphores, (0, 0, 0, 0), semaphores
+    totals, total_steps, bias = None, (0, 0), None
+    if mask is not None:
+        if biased:
+            units, (bias, steps) = units_of(mask, always=True), forward_kernels.bias_of(mask, block_m)
+            word_steps = (*steps, 0)
+        else:
+            units, words, word_steps = bits_of(mask, transposed=True)
+        tile, group = Tile(block_m, 128, head_dim, 8, 2), H // Hk
+        lists, _ = map_of(mask, units, tile, M, N, left, right, transposed=True, ordered=True, group=group)
+        orders, totals, total_steps = orders_of(mask, units, tile, M, N, left, right, group)
     counter = torch.zeros(1, dtype=torch.int32)
     arguments = (
         Descriptor(q, block_m, head_dim), Descriptor(k, 128, head_dim), Descriptor(v, 128, head_dim),
-        Descriptor(do, block_m, head_dim), Descriptor(stats, 1, 2 * block_m), Descriptor(dq_accum, 64, 128),
+        Descriptor(do, block_m, head_dim), Descriptor(stats, 1, stats.shape[1]), Descriptor(dq_accum, 64, 128),
         Descriptor(dk, 128, head_dim), Descriptor(dv, 128, head_dim),
-        Pointer(semaphores), Pointer(counter), scale * LOG2E.value,
-        column_tiles, B * Hk, section, Hk, H // Hk, -(-M // block_m), N, left or 0, outer or 0,
-        left is not None, outer is not None, block_m, head_dim, stages, dq_stages, 0,
+        Descriptor(bias, block_m, 128) if biased else Descriptor(k, 128, head_dim),
+        Pointer(semaphores), Pointer(counter), scale * (1.0 if biased else LOG2E.value),
+        column_tiles, B * Hk, section, Hk, H // Hk, -(-M // block_m), N, M, left or 0, outer or 0,
+        Pointer(lists[0]), Pointer(lists[1]), *lists[2:], Pointer(words.flatten()), *word_steps,
+        Pointer(orders.flatten()), left is not None, outer is not None, mask is not None, biased, block_m, head_dim,
+        stages, dq_stages, 0,
     )
     current.size, current.first = programs, 256
     run_threads([(number, kernel._backward_kernel, arguments) for number in range(programs)])
     assert counter == 0, "the counter is not reset"
-    kernels.postprocess(dq_accum, dq, N, scale, left, right, block_m)
+    kernels.postprocess(dq_accum, dq, N, scale, left, right, block_m, totals, total_steps, H // Hk)
     return o, lse, dq, dk, dv
 
 
@@ -146,11 +183,35 @@ def check_values(source=None, keys=420, right=None, **options):
     return near and has_nan.tolist() == nans
 
 
-def exact(q, k, v, scale, left=None, right=None):
+def visible(M, N, left, right):
+    return torch.ones(M, N).tril(N if right is None else right).triu(-M if left is None else left) > 0
+
+
+def exact(q, k, v, scale, left=None, right=None, mask=None):
     """(O, lse) by PyTorch."""
-    M, N = q.shape[2], k.shape[2]
-    sees = torch.ones(M, N).tril(N if right is None else right).triu(-M if left is None else left) > 0
+    sees = visible(q.shape[2], k.shape[2], left, right)
+    if mask is not None:
+        sees = sees & mask if mask.dtype == torch.bool else mask.masked_fill(~sees, -torch.inf)
     return torch_fused(q, k, v, sees, scale=scale)
+
+
+def drawn_mask(kind, M, N, biased=False):
+    """A mask [1, 4, M, N] with hidden, plain and partly visible tiles, some rows that see nothing, in each head others;
+    or one with dimensions of size 1."""
+    m, n = torch.arange(M)[:, None], torch.arange(N)
+    if kind == "keys":
+        mask = (n < 130)[None, None, None]
+    elif kind == "queries":
+        mask = (m % 100 < 70)[None, None]
+    else:
+        heads = [n <= m, (n // 50 == m // 50) | (n == 7), torch.rand(M, N) > 0.5, (n >= 256) & (m < 128)]
+        mask = torch.stack(heads)[None, : 1 if kind == "causal" else 4]
+    if biased:  # of -inf, some zeros, some numbers, and a row of large ones
+        tiles = sum(x // 64 for x, size in zip((m, n), mask.shape[2:], strict=True) if size > 1)
+        values = torch.randn(mask.shape) * (tiles % 3 == 0)
+        mask = values.masked_fill(~mask, -torch.inf)
+        mask[:, :, mask.shape[2] // 2] -= 1e9
+    return mask
 
 
 def check(source=None, only=None, **case):
@@ -158,26 +219,29 @@ def check(source=None, only=None, **case):
     return {"scores": check_scores, "values": check_values, None: check_attention}[only](source, **case)
 
 
-def check_attention(source=None, back=False, keys=420, hidden=None, infinite=False, **options):
+def check_attention(source=None, back=False, keys=420, hidden=None, infinite=False, kind=None, biased=False, **options):
     """Of a case with every kind of edge. hidden: what stands in keys and values that no query sees; infinite: the last
     keys, which come first, score -inf."""
     torch.manual_seed(0)
     D = 72 if back and options.get("block_m") == 64 else 40
     q, k, v = (torch.randn(1, *shape, D, requires_grad=back) for shape in ((4, 300), (2, keys), (2, keys)))
     bounds = {name: options.get(name) for name in ("left", "right")}
+    if kind is not None:
+        options["mask"] = bounds["mask"] = drawn_mask(kind, 300, keys, biased).expand(1, 4, 300, keys)
     if infinite:
         q[..., 0], k[:, :, 200:, 0] = q[..., 0].abs() + 0.5, -torch.inf
     expected = exact(q, k, v, 0.2, **bounds)
     if hidden is not None:
-        n, (left, right) = torch.arange(keys), bounds.values()
-        unseen = (n < (left or 0)) | (n > (keys if right is None else 299 + right))
+        n, left, right = torch.arange(keys), bounds["left"], bounds["right"]
+        unseen = (n < (left or 0)) | (n > (keys if right is None else 299 + right)) | (kind == "keys") & (n >= 130)
         hide = lambda t: t.detach().masked_fill(unseen[:, None], hidden)  # noqa: E731
     else:
         hide = torch.Tensor.detach
     if not back:
         *results, log = forward(q, hide(k), hide(v), 0.2, source=source, **options)
         banded, programs = any(bound is not None for bound in bounds.values()), options.get("programs", 2)
-        needless = banded and not infinite and (log[-programs:, 0] > 0).any()  # 0 * inf in rows past the last query
+        # but 0 * inf in rows past the last query
+        needless = banded and not infinite and hidden is None and (log[-programs:, 0] > 0).any()
         assert not needless, "a needless repair"
     else:
         do, dlse = torch.randn(1, 4, 300, D), torch.randn(1, 4, 300).masked_fill(expected[1] == -torch.inf, 0.0)
@@ -188,8 +252,24 @@ def check_attention(source=None, back=False, keys=420, hidden=None, infinite=Fal
     return all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results, expected, strict=True))
 
 
+MASKED = [
+    {"kind": "heads"}, {"kind": "heads", "block_m": 192}, {"kind": "heads", "right": 0}, {"kind": "keys", "stages": 3},
+    {"kind": "heads", "left": -60, "right": 10, "programs": 1}, {"kind": "queries", "block_m": 192}, {"kind": "causal"},
+    {"kind": "keys", "right": 40}, {"kind": "heads", "block_d": 256, "infinite": True},
+    {"kind": "heads", "biased": True}, {"kind": "keys", "biased": True, "right": 0}, {"kind": "causal", "biased": True},
+    {"kind": "heads", "biased": True, "left": -60, "right": 10, "block_d": 128, "keys": 416},
+    {"kind": "heads", "biased": True, "hidden": torch.nan, "right": -70, "programs": 1},
+    {"back": True, "kind": "heads"}, {"back": True, "kind": "heads", "block_m": 64, "programs": 8, "section": 2},
+    {"back": True, "kind": "heads", "biased": True}, {"back": True, "kind": "keys", "biased": True, "right": 0},
+    {"back": True, "kind": "heads", "biased": True, "block_m": 64, "left": -60, "right": 10, "section": 2},
+    {"back": True, "kind": "causal", "biased": True, "block_m": 64, "programs": 8},
+    {"back": True, "kind": "keys", "biased": True, "hidden": torch.nan},
+    {"back": True, "kind": "keys", "stages": 3}, {"back": True, "kind": "causal", "block_m": 64},
+    {"back": True, "kind": "queries", "right": 0}, {"back": True, "kind": "heads", "left": -60, "right": 10},
+    {"back": True, "kind": "keys", "block_m": 64, "hidden": torch.nan}, {"kind": "keys", "hidden": torch.nan},
+]
 CASES = [
-    {}, {"right": 0}, {"right": 0, "block_m": 192}, {"right": 100}, {"right": -70, "stages": 3},
+    *MASKED, {}, {"right": 0}, {"right": 0, "block_m": 192}, {"right": 100}, {"right": -70, "stages": 3},
     {"left": -60, "right": 10, "block_m": 192}, {"left": 30}, {"right": -200, "stages": 3},
     {"block_m": 192, "programs": 1}, {"left": 90, "right": 20}, {"block_d": 256}, {"block_d": 256, "right": 0},
     {"left": 125}, {"right": 64}, {"right": -64, "block_m": 192}, {"right": -128}, {"right": 128, "block_m": 192},
@@ -214,6 +294,8 @@ _SCORES, _VALUES = {"only": "scores", "span": 5}, {"only": "values"}
 _BACK = {"back": True, "block_m": 64, "right": 300}
 _BANDED, _FULL = {"left": -60, "right": 10, "block_m": 192}, {"programs": 1}
 _SHORT = {"right": -200, "stages": 3, "programs": 1}  # a tile of keys for each of queries
+_LISTED, _BIASED = {"kind": "heads", "programs": 1}, {"kind": "heads", "biased": True, "programs": 1}
+_BIASED_BACK = {"back": True, "kind": "heads", "biased": True, "block_m": 64, "programs": 8}
 DROP, EARLIER = (r"\S.*", "pass"), None
 BUGS = {  # name: (mark of a line in the kernel, what is done to it (see plant), a case that shows it)
     "K released before it was read": ("release-k", EARLIER, _FULL),
@@ -238,6 +320,16 @@ BUGS = {  # name: (mark of a line in the kernel, what is done to it (see plant),
     "the next tile awaited before O has left": (
         "prefetch", (r" and OPTIONS\.Q_STAGES == 2", ""), {"block_d": 256, "right": 0},
     ),
+    "K of a listed tile overwritten": ("acquire-listed", DROP, _LISTED),
+    "K and its bias never released": ("release-bias", DROP, _BIASED),
+    "the list of the other heads": ("list", (r"tile\.off_h", "0"), _LISTED),
+    "partly visible tiles last": ("partials", (r"step < tile\.", "step >= tile.listed - tile."), _LISTED),
+    "the order of parts of a dQ from the wrong end": ("order", (r"0xFFFF, order >> 16", "0xFFFF, order & 0xFFFF"), {
+        **_BIASED_BACK, "programs": 1,
+    }),
+    "a bias overwritten": ("acquire-bias", DROP, _BIASED_BACK),
+    "a bias not waited for": ("wait-bias", DROP, _BIASED_BACK),
+    "a bias of the backward never released": ("release-dbias", DROP, _BIASED_BACK),
     "last queries first forgotten": ("stride", DROP, _BACK),
     "Q released while dK is in flight": ("release-q", EARLIER, _BACK),
     "dO not waited for": ("wait-do", DROP, _BACK),

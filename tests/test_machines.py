@@ -521,11 +521,56 @@ def test_gpu_fused_hopper(D, Dv, long, monkeypatch):
             assert torch.equal(out[:, :, :256], expected[:, :, :256]) and not out[:, :, 300:].isfinite().any()
             assert_close(out[:, :, :300], lower, exact, "queries before")  # some are computed again
     used.clear()
-    for scale, mask in ((0.0, None), (0.1, torch.ones(700, 700, dtype=torch.bool, device=DEVICE))):
+    for scale, mask in ((0.0, None), (0.1, torch.zeros(700, 700, dtype=BF16, device=DEVICE))):
         attention_fused(q, k, v, mask, scale=scale)
     attention_fused(q[:, :, :16], k, v)
     attention_fused(q[..., 1:], k[..., 1:], v)
     assert not used
+
+
+@pytest.mark.skipif(hopper_kernels("forward", DEVICE) is None, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("kind", ("heads", "causal", "keys", "queries"))
+@pytest.mark.parametrize("D,biased", ((64, False), (128, False), (256, False), (64, True), (128, True)))
+def test_gpu_fused_hopper_masks(D, biased, kind, monkeypatch):
+    """Lists of tiles and bits, or a bias: with bounds beside them, grouped heads, two batch elements that are not
+    alike; bitwise the same each time; and NaN in keys that nobody sees."""
+    used = []
+    for name in ("forward", "backward"):
+        kernels = hopper_kernels(name, DEVICE)
+        monkeypatch.setattr(kernels, "MIN_WORK", 0)
+        monkeypatch.setattr(kernels, "MIN_WAVES", 0)
+        run = kernels.run
+        monkeypatch.setattr(kernels, "run", lambda *args, name=name, run=run: used.append(name) or run(*args))
+    monkeypatch.setattr(replay, "_records", {})
+    programs = itertools.cycle((132, 1, 3))
+    monkeypatch.setattr(hopper_kernels("backward", DEVICE), "processors", lambda device: next(programs))
+    widest = {"forward": forward.MAX_HEAD_DIM, "backward": 128}
+    for i, (M, N) in enumerate([(128, 128), (300, 777), (777, 300), (100, 64), (1500, 1500)]):
+        mask, dtype = emulate_hopper.drawn_mask(kind, M, N, biased).to(DEVICE), (F16, BF16)[i % 2]
+        mask = torch.cat([mask, mask.roll(30, -1)])
+        mask = mask.to(dtype) if biased else mask
+        served = [name for name in widest if D <= widest[name] and not (biased and (N % 8 or kind == "queries"))]
+        q, k, v = (
+            randn(2, h, n, D, dtype=dtype, layout=("plain", "bnhd")[i % 2])
+            for h, n in ((4, M), (2, N), (2, N))
+        )
+        for options in ({}, {"is_causal": True}, {"window_size": (100, 50)}):
+            used.clear()
+            both = (functools.partial(function, mask=mask, **options) for function in (fused, torch_fused))
+            compare(*both, q, k, v)
+            assert used == served
+    out = fused(q, k, v, mask)[0]
+    first = torch.autograd.grad(out, (q, k, v), out, retain_graph=True)
+    for _ in range(20):
+        again = torch.autograd.grad(out, (q, k, v), out, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    if kind == "keys":
+        with torch.no_grad():
+            k[:, :, 160:], v[:, :, 160:] = NAN, NAN
+        poisoned = fused(q, k, v, mask)[0]
+        torch.testing.assert_close(poisoned, out, rtol=1e-2, atol=1e-2)
+        for a, b in zip(torch.autograd.grad(poisoned, (q, k, v), out.detach()), first, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.skipif(hopper_kernels("backward", DEVICE) is None, reason="needs a Hopper GPU")

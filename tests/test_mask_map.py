@@ -8,7 +8,7 @@ import torch
 
 from tests.reference import BF16, DEVICE, F32, INF, NAN, compare, randn, torch_fused
 from triton_attention import mask_map, tuned
-from triton_attention.mask_map import map_of, units_of
+from triton_attention.mask_map import bits_of, map_of, orders_of, units_of
 from triton_attention_fused import attention_fused
 
 B, H, M, N = 2, 4, 100, 150
@@ -86,6 +86,52 @@ def test_lists_of_parts_of_the_keys():
     found = [[listed_tiles(arguments, b, 0, 0, part) for part in range(3)] for b in range(B)]
     assert found[0] == [([0, 1, 2, 3], []), ([], [4, 5]), ([], [])]  # a unit is two tiles
     assert found[1] == [([0, 1, 2, 3], []), ([4, 5, 6, 7], []), ([], [8, 9])]
+
+
+SHAPES = [
+    (B, H, 70, 300), (1, H, 1, 300), (B, 1, 70, 1), (1, 1, 300, 70), (B, 1, 1, 130), (B, 1, 1, 256), (B, 1, 130, 33),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("share", (0.02, 0.5, 1.0))
+def test_bits(shape, share):
+    """A bit for each pair, in words of keys and in words of queries; and the units, as in a pass of their own."""
+    torch.manual_seed(0)
+    mask = torch.rand(shape, device=DEVICE) < share
+    mask[..., :64, :64] = True
+    m_size, n_size = 70 if shape[2] == 1 else shape[2], 130 if shape[3] == 1 else shape[3]
+    mask = mask.expand(B, H, m_size, n_size)
+    m, n = torch.arange(m_size, device=DEVICE)[:, None], torch.arange(n_size, device=DEVICE)
+    for transposed in (False, True):
+        units, words, (step_b, step_h, step_m, step_n) = bits_of(mask, transposed=transposed)
+        row, word, bit = (n, m // 32, m % 32) if transposed else (m, n // 32, n % 32)
+        places = (word * step_m + row * step_n) if transposed else (row * step_m + word * step_n)
+        for b, h in itertools.product(range(B), range(H)):
+            words_of_head = words.flatten()[b * step_b + h * step_h + places]
+            assert torch.equal((words_of_head >> bit) & 1 > 0, mask[b, h])
+        sizes = [1 if size == 1 else None for size in shape]
+        assert torch.equal(units[:, :, : sizes[2], : sizes[3]], units_of(mask))
+
+
+@pytest.mark.parametrize("heads", (1, H))
+@pytest.mark.parametrize("left,right", ((None, None), (None, 0), (-60, 10)))
+def test_orders(heads, left, right):
+    """Of each visible tile, how many tiles of keys come before and after it, in the lists of the same tiles."""
+    m, n = torch.arange(300, device=DEVICE)[:, None], torch.arange(420, device=DEVICE)
+    kinds = [n // 50 == m // 50, (n >= 256) & (m < 128), n <= m, (n == 7) & (m > 5)]
+    mask = torch.stack(kinds[:heads])[None].expand(B, H, 300, 420)
+    tile, units = SimpleNamespace(BLOCK_M=64, BLOCK_N=128, narrow=None), units_of(mask)
+    orders, totals, steps = orders_of(mask, units, tile, 300, 420, left, right, 2)
+    arguments, _ = map_of(mask, units, tile, 300, 420, left, right, transposed=True, ordered=True, group=2)
+    for h in range(min(heads, H // 2)):
+        lists = [listed_tiles(arguments, 0, h, row)[0] for row in range(4)]
+        assert all(entries == sorted(entries) for entries in lists)
+        for i in range(5):
+            seen = [row for row in range(4) if i in [entry // 2 for entry in lists[row]]]
+            assert totals.flatten()[h * steps[1] + i] == len(seen)
+            for before, row in enumerate(seen):
+                assert orders[0, h, row, i] == before + (len(seen) - 1 - before) * 65536
 
 
 def test_masks_are_read_once():

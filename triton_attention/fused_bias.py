@@ -33,13 +33,13 @@ def _dbias_kernel(
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, PAIRED: tl.constexpr, TCGEN05: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_M: tl.constexpr, SUM_N: tl.constexpr,
+    ALIGNED: tl.constexpr, SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_M: tl.constexpr, SUM_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """One tile of the bias's gradient [GB, GH, GM, GN]: dS summed over the dimensions where the bias has size 1."""
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, ALIGNED,
     )
     col_tiles = tl.cdiv(GN, BLOCK_N)
     tile, first_b, first_h = split_program(tl.program_id(0), tl.cdiv(GM, BLOCK_M) * col_tiles, GH)
@@ -51,37 +51,37 @@ def _dbias_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
 
+    # one loop over all that is summed, whose next loads are under way while a tile is computed
+    count_h = H if SUM_H else 1
+    count_m, count_n = tl.cdiv(M, BLOCK_M) if SUM_M else 1, tl.cdiv(N, BLOCK_N) if SUM_N else 1
     acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    for b in range(0, B if SUM_B else 1):
-        for h in range(0, H if SUM_H else 1):
-            off_b, off_h = first_b + b, first_h + h
-            row = (off_b.to(tl.int64) * H + off_h) * M
-            do_head = head(do_ptr, (stride_gb, stride_gh, stride_gm, stride_gd), (M, DV), off_b, off_h)
-            q_head = head(q_ptr, (stride_qb, stride_qh, stride_qm, stride_qd), (M, D), off_b, off_h)
-            k_head = head(k_ptr, (stride_kb, stride_kh, stride_kn, stride_kd), (N, D), off_b, off_h // GROUP)
-            v_head = head(v_ptr, (stride_vb, stride_vh, stride_vn, stride_vd), (N, DV), off_b, off_h // GROUP)
-            mask = head(mask_ptr, (stride_ab, stride_ah, stride_am, stride_an), (M, N), off_b, off_h)
-            band, dropout = Band(left, right, mask), DropoutMask(dropout_p, keep_factor, seed, off_b, off_h)
-            for m in range(start_m, M if SUM_M else start_m + 1, BLOCK_M):
-                offs_m = m + tl.arange(0, BLOCK_M)
-                q = load_rows(q_head, offs_m, offs_d, PRECISION)
-                if SIGN != 1:
-                    q = signed(q, SIGN)
-                do = load_rows(do_head, offs_m, offs_e, PRECISION)
-                record = load_record(record_ptr, row, offs_m, M)
-                for n in range(start_n, N if SUM_N else start_n + 1, BLOCK_N):
-                    offs_n = n + tl.arange(0, BLOCK_N)
-                    k = load_rows(k_head, offs_n, offs_d, PRECISION)
-                    v = load_rows(v_head, offs_n, offs_e, PRECISION)
-                    mask_tile = load_mask(band, offs_m, offs_n, 0, True, OPTIONS)
-                    zeros = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-                    qk = rows_dot(q, k, zeros, PRECISION)
-                    p, tanh = probs(qk, record, offs_m, offs_n, band, mask_tile, scale, 0, True, OPTIONS)
-                    dp = rows_dot(do, v, zeros, PRECISION)
-                    if DROPOUT:
-                        dp = tl.where(keep_mask(dropout, offs_m, n, BLOCK_N), dp * keep_factor, 0.0)
-                    ds, _ = dscores(p, dp, tanh, record, 0, True, OPTIONS)
-                    acc += tl.where(offs_m[:, None] < M, ds, 0.0)
+    for step in range(0, (B if SUM_B else 1) * count_h * count_m * count_n):
+        head_step, tile_step = step // (count_m * count_n), step % (count_m * count_n)
+        off_b, off_h = first_b + head_step // count_h, first_h + head_step % count_h
+        first_m, first_n = start_m + tile_step // count_n * BLOCK_M, start_n + tile_step % count_n * BLOCK_N
+        offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+        row = (off_b.to(tl.int64) * H + off_h) * M
+        do_head = head(do_ptr, (stride_gb, stride_gh, stride_gm, stride_gd), (M, DV), off_b, off_h)
+        q_head = head(q_ptr, (stride_qb, stride_qh, stride_qm, stride_qd), (M, D), off_b, off_h)
+        k_head = head(k_ptr, (stride_kb, stride_kh, stride_kn, stride_kd), (N, D), off_b, off_h // GROUP)
+        v_head = head(v_ptr, (stride_vb, stride_vh, stride_vn, stride_vd), (N, DV), off_b, off_h // GROUP)
+        mask = head(mask_ptr, (stride_ab, stride_ah, stride_am, stride_an), (M, N), off_b, off_h)
+        band, dropout = Band(left, right, mask), DropoutMask(dropout_p, keep_factor, seed, off_b, off_h)
+        q = load_rows(q_head, offs_m, offs_d, PRECISION)
+        if SIGN != 1:
+            q = signed(q, SIGN)
+        record = load_record(record_ptr, row, offs_m, M)
+        k = load_rows(k_head, offs_n, offs_d, PRECISION)
+        mask_tile = load_mask(band, offs_m, offs_n, 0, True, OPTIONS)
+        zeros = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+        qk = rows_dot(q, k, zeros, PRECISION)
+        p, tanh = probs(qk, record, offs_m, offs_n, band, mask_tile, scale, 0, True, OPTIONS)
+        do, v = load_rows(do_head, offs_m, offs_e, PRECISION), load_rows(v_head, offs_n, offs_e, PRECISION)
+        dp = rows_dot(do, v, zeros, PRECISION)
+        if DROPOUT:
+            dp = tl.where(keep_mask(dropout, offs_m, first_n, BLOCK_N), dp * keep_factor, 0.0)
+        ds, _ = dscores(p, dp, tanh, record, 0, True, OPTIONS)
+        acc += tl.where(offs_m[:, None] < M, ds, 0.0)
     if SUM_M:
         acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], acc.shape)
     if SUM_N:
@@ -115,7 +115,8 @@ def fused_bias_gradient_op(
         _dbias_kernel, shape[0] * shape[1] * triton.cdiv(shape[2], tile.BLOCK_M) * triton.cdiv(shape[3], tile.BLOCK_N),
         *strided(do, q, k, v, mask), record, *strided(dbias),
         seed, *scalars, B, H, H // Hk, M, N, left or 0, right or 0, *shape[1:],
-        **constants, SUM_B=sums[0], SUM_H=sums[1], SUM_M=sums[2], SUM_N=sums[3],
+        **constants, ALIGNED=N % 16 == 0 and mask.stride(3) == 1,
+        SUM_B=sums[0], SUM_H=sums[1], SUM_M=sums[2], SUM_N=sums[3],
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile, q.device),
     )
     return dbias

@@ -25,6 +25,7 @@ from triton_attention.launch import launch
 from triton_attention.tiles import head_ptr, load_tile, split_program
 
 UNIT = 32  # elements of a unit in either direction
+WIDTH = 8  # units that a program looks at, side by side
 
 
 @triton.jit
@@ -54,74 +55,161 @@ def _classify_kernel(
     tl.store(units_ptr + at, (any_seen + all_plain).to(tl.int8), mask=units < column_units)
 
 
+@triton.jit
+def _bits_kernel(
+    mask_ptr, stride_ab, stride_ah, stride_am, units_ptr, words_ptr, H, M, N, WORDS,
+    TRANSPOSED: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
+):
+    """Units as _classify_kernel, and their bits, of a mask of which an element is four bytes: a word for 32 keys of a
+    query, or if TRANSPOSED for 32 queries of a key. N counts bytes, strides elements."""
+    row_units, column_units = tl.cdiv(M, UNIT), tl.cdiv(N, UNIT)
+    spans = tl.cdiv(column_units, WIDTH)
+    tile, off_b, off_h = split_program(tl.program_id(0), row_units * spans, H)
+    row, first = tile // spans, tile % spans * WIDTH
+    offs_m, quads = row * UNIT + tl.arange(0, UNIT), first * (UNIT // 4) + tl.arange(0, WIDTH * UNIT // 4)
+    mask = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
+    x = load_tile(mask, (stride_am, 1), (M, N // 4), offs_m, quads, 0)
+    x = (((x & 0x7F7F7F7F) + 0x7F7F7F7F | x) >> 7) & 0x01010101  # each byte 0 or 1
+    head, units = off_b.to(tl.int64) * H + off_h, first + tl.arange(0, WIDTH)
+    parts = tl.reshape(x, [UNIT, WIDTH, UNIT // 4])
+    outside = (offs_m >= M)[:, None, None]
+    seen, plain = parts != 0, (parts == 0x01010101) | outside
+    any_seen, all_plain = tl.max(tl.max(seen.to(tl.int32), 2), 0), tl.min(tl.min(plain.to(tl.int32), 2), 0)
+    at = (head * row_units + row) * column_units + units
+    tl.store(units_ptr + at, (any_seen + all_plain).to(tl.int8), mask=units < column_units)
+    if TRANSPOSED:  # a byte holds eight queries, then a word four bytes
+        bits = tl.reshape(x << (tl.arange(0, UNIT) % 8)[:, None], [UNIT // 8, 8, WIDTH * UNIT // 4])
+        octets, places = tl.sum(bits, 1), 8 * tl.arange(0, UNIT // 8)[:, None]
+        for i in tl.static_range(4):
+            words, columns = tl.sum(((octets >> 8 * i) & 0xFF) << places, 0), 4 * quads + i
+            tl.store(words_ptr + (head * WORDS + row) * N + columns, words.to(tl.int32), mask=columns < N)
+    else:  # four bytes become four bits: the products of 2^0, 2^8, 2^16 and 2^24 meet above 2^24
+        nibbles = ((parts * 0x01020408) >> 24) & 0xF
+        words = tl.sum(nibbles << 4 * tl.arange(0, UNIT // 4)[None, None, :], 2)
+        ptrs = words_ptr + (head * WORDS + units[None, :]) * M + offs_m[:, None]
+        tl.store(ptrs, words.to(tl.int32), mask=(units[None, :] < WORDS) & (offs_m[:, None] < M))
+
+
+@triton.jit
+def _look(
+    tiles, inside, start_m, start_n, batch_ptr, first_h, strides, M, N, left, right,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """(seen, plain) of some tiles: whether a query of GROUP heads sees a key, and whether all of them see all."""
+    row_units, column_units = tl.cdiv(M, UNIT), tl.cdiv(N, UNIT)
+    seen, plain = tiles < 0, inside
+    for g in range(0, GROUP):
+        for i in tl.static_range((BLOCK_M + UNIT - 1) // UNIT):
+            for j in tl.static_range((BLOCK_N + UNIT - 1) // UNIT):
+                m, n = start_m // UNIT + i, start_n // UNIT + j
+                exists = (m < row_units) & (n < column_units) & inside
+                ptrs = batch_ptr + (first_h + g).to(tl.int64) * strides[0] + m * strides[1] + n * strides[2]
+                unit = tl.load(ptrs, mask=exists, other=0)
+                seen = seen | (unit > 0)
+                plain = plain & ((unit == 2) | (m >= row_units))
+    if RIGHT:
+        seen = seen & (start_n <= start_m + (BLOCK_M - 1) + right)
+        plain = plain & (start_n + (BLOCK_N - 1) <= start_m + right)
+    if LEFT:
+        seen = seen & (start_n + (BLOCK_N - 1) >= start_m + left)
+        plain = plain & (start_n >= start_m + (BLOCK_M - 1) + left)
+    return seen, plain
+
+
 @triton.jit(do_not_specialize=["HEADS", "left", "right", "chunk"])
 def _list_kernel(
     units_ptr, stride_ub, stride_uh, stride_um, stride_un, lists_ptr, counts_ptr,
     HEADS, ROWS, M, N, left, right, chunk, CAPACITY,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, NONEMPTY: tl.constexpr, ORDERED: tl.constexpr,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """The list of one row of tiles, of queries or if TRANSPOSED of keys, over `chunk` of what it walks over; of GROUP
-    heads together."""
+    heads together. ORDERED: all of them from the front, as twice their number, plus one if partial."""
     LENGTH = M if TRANSPOSED else N
     SIZE: tl.constexpr = BLOCK_M if TRANSPOSED else BLOCK_N  # of what it walks over
     splits = tl.cdiv(LENGTH, chunk)
     program, off_b, off_h = split_program(tl.program_id(0), ROWS * splits, HEADS)
     row, first = program // splits, program % splits * chunk
     last_tile = tl.cdiv(tl.minimum(first + chunk, LENGTH), SIZE)
-    row_units, column_units = tl.cdiv(M, UNIT), tl.cdiv(N, UNIT)
     base = tl.program_id(0).to(tl.int64) * CAPACITY
+    batch = units_ptr + off_b.to(tl.int64) * stride_ub
     plains, partials = 0, 0
     for first_tile in range(first // SIZE, last_tile, BLOCK):
         tiles = first_tile + tl.arange(0, BLOCK)
         start_m = (tiles if TRANSPOSED else tiles * 0 + row) * BLOCK_M
         start_n = (tiles * 0 + row if TRANSPOSED else tiles) * BLOCK_N
-        seen, plain = tiles < 0, tiles < last_tile
-        for g in range(0, GROUP):
-            head = units_ptr + off_b.to(tl.int64) * stride_ub + (off_h * GROUP + g).to(tl.int64) * stride_uh
-            for i in tl.static_range((BLOCK_M + UNIT - 1) // UNIT):
-                for j in tl.static_range((BLOCK_N + UNIT - 1) // UNIT):
-                    m, n = start_m // UNIT + i, start_n // UNIT + j
-                    inside = (m < row_units) & (n < column_units) & (tiles < last_tile)
-                    unit = tl.load(head + m * stride_um + n * stride_un, mask=inside, other=0)
-                    seen = seen | (unit > 0)
-                    plain = plain & ((unit == 2) | (m >= row_units))
+        seen, plain = _look(
+            tiles, tiles < last_tile, start_m, start_n, batch, off_h * GROUP, (stride_uh, stride_um, stride_un),
+            M, N, left, right, LEFT, RIGHT, GROUP, UNIT, BLOCK_M, BLOCK_N,
+        )
         # loads of plain tiles are not checked
         plain = plain & (start_m + BLOCK_M <= M if TRANSPOSED else start_n + BLOCK_N <= N)
-        if RIGHT:
-            seen = seen & (start_n <= start_m + (BLOCK_M - 1) + right)
-            plain = plain & (start_n + (BLOCK_N - 1) <= start_m + right)
-        if LEFT:
-            seen = seen & (start_n + (BLOCK_N - 1) >= start_m + left)
-            plain = plain & (start_n >= start_m + (BLOCK_M - 1) + left)
-        is_plain, is_partial = (seen & plain).to(tl.int32), (seen & (plain == 0)).to(tl.int32)
-        front = plains + tl.cumsum(is_plain, 0) - 1
-        back = CAPACITY - partials - tl.cumsum(is_partial, 0)
-        tl.store(lists_ptr + base + front, tiles, mask=is_plain > 0)
-        tl.store(lists_ptr + base + back, tiles, mask=is_partial > 0)
-        plains += tl.sum(is_plain, 0)
-        partials += tl.sum(is_partial, 0)
+        if ORDERED:
+            place = plains + tl.cumsum(seen.to(tl.int32), 0) - 1
+            plain = plain & (start_n + BLOCK_N <= N)  # as bits past the last key are 0
+            tl.store(lists_ptr + base + place, tiles * 2 + (plain == 0).to(tl.int32), mask=seen)
+            plains += tl.sum(seen.to(tl.int32), 0)
+        else:
+            is_plain, is_partial = (seen & plain).to(tl.int32), (seen & (plain == 0)).to(tl.int32)
+            front = plains + tl.cumsum(is_plain, 0) - 1
+            back = CAPACITY - partials - tl.cumsum(is_partial, 0)
+            tl.store(lists_ptr + base + front, tiles, mask=is_plain > 0)
+            tl.store(lists_ptr + base + back, tiles, mask=is_partial > 0)
+            plains += tl.sum(is_plain, 0)
+            partials += tl.sum(is_partial, 0)
+    if NONEMPTY:
+        tl.store(lists_ptr + base + CAPACITY - 1, first // SIZE, mask=plains + partials == 0)
+        partials = tl.where(plains + partials == 0, 1, partials)
     tl.store(counts_ptr + 2 * tl.program_id(0), plains)
     tl.store(counts_ptr + 2 * tl.program_id(0) + 1, partials)
+
+
+@triton.jit(do_not_specialize=["HEADS", "left", "right"])
+def _order_kernel(
+    units_ptr, stride_ub, stride_uh, stride_um, stride_un, orders_ptr, totals_ptr, HEADS, ROWS, M, N, left, right,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """For one tile of queries: how many tiles of keys it sees, and for each of them how many before and after it."""
+    row, off_b, off_h = split_program(tl.program_id(0), ROWS, HEADS)
+    columns = tl.cdiv(N, BLOCK_N)
+    batch = units_ptr + off_b.to(tl.int64) * stride_ub
+    orders = orders_ptr + (off_b.to(tl.int64) * HEADS + off_h) * columns * ROWS + row
+    total = 0
+    for second in tl.static_range(2):
+        before = 0
+        for first_tile in range(0, columns, BLOCK):
+            tiles = first_tile + tl.arange(0, BLOCK)
+            seen, _ = _look(
+                tiles, tiles < columns, tiles * 0 + row * BLOCK_M, tiles * BLOCK_N, batch, off_h * GROUP,
+                (stride_uh, stride_um, stride_un), M, N, left, right, LEFT, RIGHT, GROUP, UNIT, BLOCK_M, BLOCK_N,
+            )
+            count = seen.to(tl.int32)
+            if second == 1:
+                place = before + tl.cumsum(count, 0) - 1
+                tl.store(orders + tiles * ROWS, place + (total - 1 - place) * 65536, mask=seen)
+            before += tl.sum(count, 0)
+        total = before
+    tl.store(totals_ptr + tl.program_id(0), total)
 
 
 LISTS_FROM = 0 if INTERPRETED else 1 << 18  # queries times keys; with fewer, all of the mask is read sooner
 
 
-def _once(mask):
+def once(mask):
     """A mask without what was expanded: a dimension of stride 0 has size 1."""
     return mask[tuple(slice(None) if stride else slice(1) for stride in mask.stride())]
 
 
-def units_of(mask):
+def units_of(mask, always=False):
     """The units [b, h, M / 32, N / 32], int8, of a mask [B, H, M, N], expanded; each size is 1 where the mask's is.
-    None where there is no mask, or lists of its tiles are not worth making."""
-    if mask is None or mask.shape[2] * mask.shape[3] < LISTS_FROM:
+    None where there is no mask, or unless always, lists of its tiles are not worth making."""
+    if mask is None or not always and mask.shape[2] * mask.shape[3] < LISTS_FROM:
         return None
-    mask = _once(mask)
+    mask = once(mask)
     b, h, M, N = mask.shape
     units = torch.empty(b, h, triton.cdiv(M, UNIT), triton.cdiv(N, UNIT), dtype=torch.int8, device=mask.device)
-    WIDTH = 8
     launch(
         _classify_kernel, b * h * units.shape[2] * triton.cdiv(units.shape[3], WIDTH),
         mask, *mask.stride(), units, h, M, N,
@@ -130,13 +218,71 @@ def units_of(mask):
     return units
 
 
-def map_of(mask, units, tile, M, N, left, right, *, transposed=False, group=1, chunk=None):
+def bits_of(mask, *, transposed=False):
+    """(units, words, steps) of a bool mask [B, H, M, N], expanded, in one pass: units as those of units_of; its bits in
+    words of 32 (int32), the first in the lowest; and how many words it is to the next batch element, the next head, the
+    next query and the next 32 keys: 0 where all are alike.
+
+    A word is for 32 keys of a query: [b, h, N / 32, M], with zeros up to a multiple of 128 keys; transposed, for 32
+    queries of a key: [b, h, M / 32, N], and the last steps are those to the next 32 queries and the next key.
+    """
+    N, one_row = mask.shape[3], mask.stride(2) == 0
+    b, h = once(mask).shape[:2]
+    mask = mask[:b, :h, : 1 if one_row else None]
+    width = triton.cdiv(N, 4) * 4
+    fours = mask.stride(3) == 1 and mask.data_ptr() % 4 == 0 and all(s % 4 == 0 for s in (N, *mask.stride()[:3]))
+    if not fours:
+        mask = torch.nn.functional.pad(mask, (0, width - N))
+    if one_row and transposed:
+        mask = mask.expand(b, h, UNIT, width)
+    M = mask.shape[2]
+    words = triton.cdiv(M if transposed else N, 128) * 4
+    out = torch.empty(b, h, words, width if transposed else M, dtype=torch.int32, device=mask.device)
+    units = torch.empty(b, h, triton.cdiv(M, UNIT), triton.cdiv(N, UNIT), dtype=torch.int8, device=mask.device)
+    mask = mask.view(torch.uint8).view(torch.int32)
+    launch(
+        _bits_kernel, b * h * units.shape[2] * triton.cdiv(units.shape[3], WIDTH),
+        mask, *mask.stride()[:3], units, out, h, M, width, words, TRANSPOSED=transposed, UNIT=UNIT, WIDTH=WIDTH,
+        num_warps=4,
+    )
+    step_b, step_h, step_word, step = out.stride()
+    step_m, step_n = (step_word, step) if transposed else (step, step_word)
+    return units, out, (0 if b == 1 else step_b, 0 if h == 1 else step_h, 0 if one_row else step_m, step_n)
+
+
+def _unit_strides(mask, units):
+    """One row of units, or one column of them, is for all."""
+    return [stride if size > 1 else 0 for stride, size in zip(units.stride(), once(mask).shape, strict=True)]
+
+
+def orders_of(mask, units, tile, M, N, left, right, group):
+    """In which order tiles of keys come to a tile of queries: (orders [b, h, N / BLOCK_N, M / BLOCK_M], of a visible
+    tile how many there are before it, and how many after it times 2^16; totals [b, h, M / BLOCK_M], how many there are;
+    the strides of totals for b and h, 0 where all are alike); heads in groups as in map_of."""
+    b, h = once(mask).shape[:2]
+    group = min(group, h)
+    heads, rows, columns = h // group, triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N)
+    orders = torch.empty(b, heads, columns, rows, dtype=torch.int32, device=mask.device)
+    totals = torch.empty(b, heads, rows, dtype=torch.int32, device=mask.device)
+    launch(
+        _order_kernel, b * heads * rows,
+        units, *_unit_strides(mask, units), orders, totals, heads, rows, M, N, left or 0, right or 0,
+        LEFT=left is not None, RIGHT=right is not None, GROUP=group, UNIT=UNIT,
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK=64, num_warps=1,
+    )
+    return orders, totals, (0 if b == 1 else heads * rows, 0 if heads == 1 else rows)
+
+
+def map_of(
+    mask, units, tile, M, N, left, right, *, transposed=False, nonempty=False, ordered=False, group=1, chunk=None,
+):
     """What a fused kernel with this tile takes of a mask [B, H, M, N], expanded, or None, and of its units: the list of
     arguments (lists, counts, three strides, capacity), and its constants.
 
     The list of row tile r (and part s of the keys, of `chunk` each) of head (b, h) begins at capacity * (b * strides[0]
     + h * strides[1] + r * strides[2] + s), its two counts at twice that number. transposed: rows of tiles are keys, and
-    a list is that of `group` heads.
+    a list is that of `group` heads. nonempty: a tile is on each list, if none is visible then a hidden one, as partial.
+    ordered: all tiles from the front of a list, as twice their number, plus one if partial; their number is the first.
     """
     width = tile.BLOCK_M if transposed else tile.BLOCK_N
     about = {"ONE_ROW": False, "ALIGNED": False, "LISTED": False, "NARROW": width}
@@ -146,7 +292,7 @@ def map_of(mask, units, tile, M, N, left, right, *, transposed=False, group=1, c
         about["ALIGNED"] = N % 16 == 0 and mask.stride(3) == 1
     if units is None:
         return [None, None, 0, 0, 0, 0], about
-    b, h, mask_rows = _once(mask).shape[:3]
+    b, h, mask_rows = once(mask).shape[:3]
     group = min(group, h)
     one_row = mask_rows == 1 and left is None and right is None and not transposed  # for all tiles of queries
     rows = 1 if one_row else triton.cdiv(N, tile.BLOCK_N) if transposed else triton.cdiv(M, tile.BLOCK_M)
@@ -156,13 +302,11 @@ def map_of(mask, units, tile, M, N, left, right, *, transposed=False, group=1, c
     heads = h // group
     lists = torch.empty(b * heads * rows * splits * capacity, dtype=torch.int32, device=mask.device)
     counts = torch.empty(b * heads * rows * splits * 2, dtype=torch.int32, device=mask.device)
-    # one row of units, or one column of them, is for all
-    strides = [stride if size > 1 else 0 for stride, size in zip(units.stride(), _once(mask).shape, strict=True)]
     launch(
         _list_kernel, b * heads * rows * splits,
-        units, *strides, lists, counts, heads, rows, M, N, left or 0, right or 0, chunk, capacity,
-        LEFT=left is not None, RIGHT=right is not None, TRANSPOSED=transposed, GROUP=group, UNIT=UNIT,
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK=64, num_warps=1,
+        units, *_unit_strides(mask, units), lists, counts, heads, rows, M, N, left or 0, right or 0, chunk, capacity,
+        LEFT=left is not None, RIGHT=right is not None, TRANSPOSED=transposed, NONEMPTY=nonempty,
+        ORDERED=ordered, GROUP=group, UNIT=UNIT, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK=64, num_warps=1,
     )
     step = rows * splits
     where = [0 if b == 1 else heads * step, 0 if heads == 1 else step, 0 if rows == 1 else splits]

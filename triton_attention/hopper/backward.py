@@ -40,6 +40,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention.hopper.backward_ends import postprocess, preprocess
+from triton_attention.hopper.forward import bias_of, refuses_bias
+from triton_attention.hopper.mask import MaskMap, tile_words, visible_bits, words_of_head
 from triton_attention.hopper.ptx import (
     atomic_increment, barrier, clamp, inline_asm, named_barrier_arrive, named_barrier_sync, opaque, semaphore_release,
     semaphore_wait, uniform,
@@ -47,10 +49,12 @@ from triton_attention.hopper.ptx import (
 from triton_attention.hopper.tma import add_async, addressable, load_async, row_descriptor, store_async, tile_descriptor
 from triton_attention.launch import launch
 from triton_attention.logits import LN2, LOG2E
+from triton_attention.mask_map import bits_of, map_of, orders_of, units_of
 from triton_attention.tile_choice import tile_for
 
 BLOCK_N = gl.constexpr(128)
 Q_EMPTY, DQ_FULL = gl.constexpr(8), gl.constexpr(12)  # the first of four named barriers; those below are Triton's
+BIAS_EMPTY = gl.constexpr(10)  # of those for Q, of which there are two then
 BARRIER_THREADS = gl.constexpr(288)  # of one: the eight consumer warps and another
 WAITS_SYNC = gl.constexpr(TRITON >= (3, 9))  # Triton 3.9 puts a barrier of all warps behind each wait for products
 K_REGISTERS = gl.constexpr(TRITON != (3, 8))  # K in registers at D 64 without a mask; the ptxas of Triton 3.8 spills
@@ -64,6 +68,8 @@ class Options(NamedTuple):
 
     LEFT: bool
     RIGHT: bool
+    LISTED: bool  # whether there is a mask, whose tiles of queries are listed
+    BIASED: bool  # whether it is a floating one
     BLOCK_M: int
     BLOCK_D: int
     STAGES: int  # of Q, dO, lse and delta
@@ -80,8 +86,11 @@ class Work(NamedTuple):
     GROUP: gl.tensor
     row_tiles: gl.tensor  # of a head of queries
     N: gl.tensor
+    M: gl.tensor
     left: gl.tensor
     right: gl.tensor
+    map: MaskMap
+    orders_ptr: gl.tensor  # see orders_of in mask_map.py
 
 
 class KeyTile(NamedTuple):
@@ -90,6 +99,14 @@ class KeyTile(NamedTuple):
     ascending: gl.tensor  # whether its section takes the first keys first, and the last queries first
     first_m: gl.tensor  # the first tile of queries that may see it, and their number, of one head
     count: gl.tensor
+    list: gl.tensor  # the number of its list of tiles of queries
+
+
+class QueryTile(NamedTuple):
+    tile_m: gl.tensor
+    number: gl.tensor  # among those of all heads
+    off_h: gl.tensor
+    partial: gl.tensor  # whether a mask hides some of it
 
 
 class Descriptors(NamedTuple):
@@ -126,8 +143,17 @@ class QueryStages(NamedTuple):
     q: gl.shared_memory_descriptor
     do: gl.shared_memory_descriptor
     stats: gl.shared_memory_descriptor
+    tiles: gl.shared_memory_descriptor  # of each stage, where tiles are listed: which it is, partial or not; b; h
     q_full: gl.shared_memory_descriptor
     do_full: gl.shared_memory_descriptor
+
+
+class Bias(NamedTuple):
+    """Tiles of a floating mask, one at a time, from the producer to the consumers."""
+
+    desc: tma.tensor_descriptor
+    buf: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
 
 
 class DqStages(NamedTuple):
@@ -150,12 +176,13 @@ class SemaphoreStages(NamedTuple):
 @gluon.jit
 def _key_tile(item, work, OPTIONS: gl.constexpr):
     """The tile of keys of a work item: a section of heads at a time, last keys first; in the last section, if there is
-    only a right bound, ascending: the items with the most steps come first, so that all programs end together."""
+    only a right bound, or a mask, ascending: the items with the most steps come first, so that all programs end
+    together."""
     first_head = item // (work.column_tiles * work.section) * work.section
     item_in_section = item - first_head * work.column_tiles
     heads = gl.minimum(work.section, work.heads - first_head)
     tile_n, ascending = work.column_tiles - 1 - item_in_section // heads, gl.to_tensor(False)
-    if OPTIONS.RIGHT and not OPTIONS.LEFT:
+    if OPTIONS.RIGHT and not OPTIONS.LEFT or OPTIONS.LISTED:
         ascending = first_head + work.section >= work.heads
         tile_n = gl.where(ascending, item_in_section // heads, tile_n)
     head = first_head + item_in_section % heads
@@ -165,19 +192,32 @@ def _key_tile(item, work, OPTIONS: gl.constexpr):
     if OPTIONS.LEFT:
         seen = gl.maximum(tile_n * BLOCK_N + (BLOCK_N - 1 + OPTIONS.BLOCK_M) - work.left, 0) // OPTIONS.BLOCK_M
         end = gl.minimum(end, seen)
-    return KeyTile(tile_n, head, ascending, first, gl.maximum(end - first, 0))
+    count, number = gl.maximum(end - first, 0), gl.to_tensor(0)
+    if OPTIONS.LISTED:
+        number = head // work.Hk * work.map.list_b + head % work.Hk * work.map.list_h + tile_n * work.map.list_row
+        count = gl.load(work.map.counts_ptr + 2 * number)
+    return KeyTile(tile_n, head, ascending, first, count, number)
 
 
 @gluon.jit
-def _query_tile(step, keys, work):
-    """(tile of queries, its number among those of all heads): head after head; ascending keys: last queries first."""
-    tile_m = keys.first_m + gl.where(keys.ascending, keys.count - 1 - step % keys.count, step % keys.count)
-    return tile_m, (keys.head * work.GROUP + step // keys.count) * work.row_tiles + tile_m
+def _query_tile(step, keys, work, OPTIONS: gl.constexpr):
+    """The QueryTile of a step: head after head; ascending keys: last queries first."""
+    place = gl.where(keys.ascending, keys.count - 1 - step % keys.count, step % keys.count)
+    tile_m, partial = keys.first_m + place, gl.to_tensor(0)
+    if OPTIONS.LISTED:
+        entry = gl.load(work.map.lists_ptr + keys.list.to(gl.int64) * work.map.capacity + place)
+        tile_m, partial = entry // 2, entry % 2
+    head = keys.head * work.GROUP + step // keys.count
+    off_h = keys.head % work.Hk * work.GROUP + step // keys.count
+    return QueryTile(tile_m, head * work.row_tiles + tile_m, off_h, partial)
 
 
 @gluon.jit
 def _predecessors(tile_m, keys, work, OPTIONS: gl.constexpr):
     """How many tiles of keys add to a tile of queries before this: those seen after it; if ascending, all before it."""
+    if OPTIONS.LISTED:
+        order = gl.load(work.orders_ptr + keys.list.to(gl.int64) * work.row_tiles + tile_m)
+        return gl.where(keys.ascending, order & 0xFFFF, order >> 16)  # mutate: order
     last = work.column_tiles - 1
     if OPTIONS.RIGHT:
         last = gl.minimum(last, (tile_m * OPTIONS.BLOCK_M + (OPTIONS.BLOCK_M - 1) + work.right) // BLOCK_N)
@@ -207,6 +247,12 @@ def _next_item(scheduler, item_count, WARPS: gl.constexpr):
     return uniform(item)
 
 
+@gluon.jit
+def _load_scalar(buf):
+    """A number in shared memory, for the eight consumer warps."""
+    return uniform(gl.max(buf.load(gl.BlockedLayout([1], [32], [8], [0])), 0))
+
+
 # ---- the producer warp
 
 
@@ -220,7 +266,7 @@ def _store_dk_dv(descs, buffers, off_b, off_hk, start_n, item_count):
 
 
 @gluon.jit
-def _producer(descs, counter_ptr, buffers, stages, scheduler, work, OPTIONS: gl.constexpr):
+def _producer(descs, counter_ptr, buffers, stages, bias, scheduler, work, OPTIONS: gl.constexpr):
     items = work.column_tiles * work.heads
     item = uniform(atomic_increment(counter_ptr))  # the first too: no program waits for one that has not started
     item_count = gl.to_tensor(0)
@@ -232,16 +278,23 @@ def _producer(descs, counter_ptr, buffers, stages, scheduler, work, OPTIONS: gl.
         off_b, off_hk, start_n = keys.head // work.Hk, keys.head % work.Hk, keys.tile_n * BLOCK_N
         steps = work.GROUP * keys.count
         # a step at least, for K and V
-        nonempty = KeyTile(keys.tile_n, keys.head, keys.ascending, keys.first_m, gl.maximum(keys.count, 1))
+        nonempty = KeyTile(keys.tile_n, keys.head, keys.ascending, keys.first_m, gl.maximum(keys.count, 1), keys.list)
+        query = QueryTile(gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0))
         for step in range(gl.maximum(steps, 1)):
             stage = step_count % OPTIONS.STAGES
-            tile_m, tile = _query_tile(step, nonempty, work)
-            at = [off_b, off_hk * work.GROUP + step // nonempty.count, tile_m * OPTIONS.BLOCK_M, 0]
             if steps > 0:
+                query = _query_tile(step, nonempty, work, OPTIONS)
+                at = [off_b, query.off_h, query.tile_m * OPTIONS.BLOCK_M, 0]
                 named_barrier_sync(Q_EMPTY + stage, BARRIER_THREADS)  # mutate: acquire-q
+                if OPTIONS.LISTED:
+                    zero = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+                    stages.tiles.index(3 * stage).store(zero + query.tile_m * 2 + query.partial)
+                    stages.tiles.index(3 * stage + 1).store(zero + off_b)
+                    stages.tiles.index(3 * stage + 2).store(zero + query.off_h)
+                    inline_asm("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", 0)
                 mbarrier.expect(stages.q_full.index(stage), descs.q.block_type.nbytes + descs.stats.block_type.nbytes)
                 load_async(descs.q, at, stages.q_full.index(stage), stages.q.index(stage))
-                load_async(descs.stats, [tile, 0], stages.q_full.index(stage), stages.stats.index(stage))
+                load_async(descs.stats, [query.number, 0], stages.q_full.index(stage), stages.stats.index(stage))
                 mbarrier.expect(stages.do_full.index(stage), descs.do.block_type.nbytes)
                 load_async(descs.do, at, stages.do_full.index(stage), stages.do.index(stage))
                 step_count += 1
@@ -252,6 +305,15 @@ def _producer(descs, counter_ptr, buffers, stages, scheduler, work, OPTIONS: gl.
                 load_async(descs.k, [off_b, off_hk, start_n, 0], buffers.k_full, buffers.k)
                 mbarrier.expect(buffers.v_full, descs.v.block_type.nbytes)
                 load_async(descs.v, [off_b, off_hk, start_n, 0], buffers.v_full, buffers.v)
+            if OPTIONS.BIASED and steps > 0:
+                if query.partial > 0:
+                    named_barrier_sync(BIAS_EMPTY, BARRIER_THREADS)  # mutate: acquire-bias
+                    row = query.tile_m * OPTIONS.BLOCK_M * work.map.word_m
+                    mbarrier.expect(bias.full, bias.desc.block_type.nbytes)
+                    load_async(
+                        bias.desc, [off_b * work.map.word_b, query.off_h * work.map.word_h, row, start_n], bias.full,
+                        bias.buf,
+                    )
         item = uniform(atomic_increment(counter_ptr))
         previous_b, previous_hk, previous_n = off_b, off_hk, start_n
         item_count += 1
@@ -267,42 +329,41 @@ def _producer(descs, counter_ptr, buffers, stages, scheduler, work, OPTIONS: gl.
 
 @gluon.jit
 def _each_step(body: gl.constexpr, arguments, scheduler, work, OPTIONS: gl.constexpr):
-    """Run body(arguments, step_count, tile_m, tile, keys, work, OPTIONS) for each step of all items."""
+    """Run body(arguments, step_count, query, keys, work, OPTIONS) for each step of all items."""
     item_count = gl.to_tensor(0)
     step_count = gl.to_tensor(0)
     item = _next_item(scheduler, item_count, 1)
     while item >= 0:
         keys = _key_tile(item, work, OPTIONS)
         for step in range(work.GROUP * keys.count):
-            tile_m, tile = _query_tile(step, keys, work)
-            body(arguments, step_count, tile_m, tile, keys, work, OPTIONS)
+            body(arguments, step_count, _query_tile(step, keys, work, OPTIONS), keys, work, OPTIONS)
             step_count += 1
         item_count += 1
         item = _next_item(scheduler, item_count, 1)
 
 
 @gluon.jit
-def _semaphore_step(arguments, step_count, tile_m, tile, keys, work, OPTIONS: gl.constexpr):
+def _semaphore_step(arguments, step_count, query, keys, work, OPTIONS: gl.constexpr):
     semaphores_ptr, semaphore = arguments
     mbarrier.wait(semaphore.done.index(step_count % 2), (step_count // 2 & 1) ^ 1)
-    semaphore_wait(semaphores_ptr + tile, _predecessors(tile_m, keys, work, OPTIONS))
+    semaphore_wait(semaphores_ptr + query.number, _predecessors(query.tile_m, keys, work, OPTIONS))
     mbarrier.arrive(semaphore.ready.index(step_count % 2), count=1)
 
 
 @gluon.jit
-def _dq_step(arguments, step_count, tile_m, tile, keys, work, OPTIONS: gl.constexpr):
+def _dq_step(arguments, step_count, query, keys, work, OPTIONS: gl.constexpr):
     dq_desc, semaphores_ptr, dq, semaphore = arguments
-    predecessors = _predecessors(tile_m, keys, work, OPTIONS)
+    predecessors = _predecessors(query.tile_m, keys, work, OPTIONS)
     stage = step_count % OPTIONS.DQ_STAGES
     mbarrier.wait(semaphore.ready.index(step_count % 2), step_count // 2 & 1)  # mutate: wait-ready
     named_barrier_sync(DQ_FULL + stage, BARRIER_THREADS)  # mutate: wait-dq-full
     if predecessors == 0:
-        store_async(dq_desc, [tile * 64, 0], dq.bufs.index(stage))
+        store_async(dq_desc, [query.number * 64, 0], dq.bufs.index(stage))
     else:
-        add_async(dq_desc, [tile * 64, 0], dq.bufs.index(stage))
+        add_async(dq_desc, [query.number * 64, 0], dq.bufs.index(stage))
     tma.store_wait(0)
     mbarrier.arrive(dq.empty.index(stage), count=1)
-    semaphore_release(semaphores_ptr + tile, predecessors + 1)  # mutate: release-semaphore
+    semaphore_release(semaphores_ptr + query.number, predecessors + 1)  # mutate: release-semaphore
     mbarrier.arrive(semaphore.done.index(step_count % 2), count=1)
 
 
@@ -343,6 +404,25 @@ def _mask_scores(s, after_n, at_left, at_right, LEFT: gl.constexpr, RIGHT: gl.co
 
 
 @gluon.jit
+def _add_bias(
+    s, bias, scale, after_n, at_left, at_right, start_m, OPTIONS: gl.constexpr, layout: gl.constexpr
+):
+    """The logits of a partly visible tile of S^T."""
+    x = bias.buf.reshape([OPTIONS.BLOCK_M, BLOCK_N]).permute((1, 0)).load(layout).to(gl.float32)
+    s = gl.where(x == float("-inf"), x, gl.fma(s, scale, x))  # a hidden key may hold NaN
+    edge = after_n < BLOCK_N
+    if OPTIONS.RIGHT:
+        edge = edge | (at_right + (BLOCK_N - 1) > start_m)
+    if OPTIONS.LEFT:
+        edge = edge | (at_left < start_m + (OPTIONS.BLOCK_M - 1))
+    if edge:
+        n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
+        s = gl.where(gl.expand_dims(n < opaque(after_n), 1), s, float("-inf"))
+        s = _mask_scores(s, after_n, at_left - start_m, at_right - start_m, OPTIONS.LEFT, OPTIONS.RIGHT, layout)
+    return s
+
+
+@gluon.jit
 def _pass_dq(x, dq, step_count, OPTIONS: gl.constexpr):
     """A part of dQ to the dQ warp, in the order of the registers: 16 contiguous bytes a thread at a time."""
     # (warpgroup, 8 columns, warp, row, 2 columns, upper or lower 8 rows, column): _postprocess_kernel undoes it
@@ -358,10 +438,13 @@ def _pass_dq(x, dq, step_count, OPTIONS: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(buffers, stages, ds_bufs, dq_stages, scale_2, scheduler, work, OPTIONS: gl.constexpr):
+def _consumer(buffers, stages, bias, ds_bufs, dq_stages, scale_2, scheduler, work, OPTIONS: gl.constexpr):
+    """scale_2 has log2(e) in it; not beside a floating mask, where logits and their maxima are those of base e."""
+    BIASED: gl.constexpr = OPTIONS.BIASED
     LEFT: gl.constexpr = OPTIONS.LEFT
     RIGHT: gl.constexpr = OPTIONS.RIGHT
-    BANDED: gl.constexpr = LEFT or RIGHT
+    LISTED: gl.constexpr = OPTIONS.LISTED
+    BANDED: gl.constexpr = (LEFT or RIGHT) and not LISTED
     BLOCK_M: gl.constexpr = OPTIONS.BLOCK_M
     BLOCK_D: gl.constexpr = OPTIONS.BLOCK_D
     STAGES: gl.constexpr = OPTIONS.STAGES
@@ -378,6 +461,9 @@ def _consumer(buffers, stages, ds_bufs, dq_stages, scale_2, scheduler, work, OPT
     dq_zeros = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, dq_layout)
     for i in gl.static_range(STAGES):
         named_barrier_arrive(Q_EMPTY + i, BARRIER_THREADS)
+    bias_count = gl.to_tensor(0)
+    if BIASED:
+        named_barrier_arrive(BIAS_EMPTY, BARRIER_THREADS)
     item_count = gl.to_tensor(0)
     step_count = gl.to_tensor(0)
     item = _next_item(scheduler, item_count, 8)
@@ -400,13 +486,13 @@ def _consumer(buffers, stages, ds_bufs, dq_stages, scale_2, scheduler, work, OPT
         dv = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, d_layout)
         mbarrier.wait(buffers.k_full, item_count & 1)
         mbarrier.wait(buffers.v_full, item_count & 1)
-        if BANDED:
+        if BANDED or LISTED:
             row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [8, 1], [1, 0])
             _clamp_tile(k, row_layout)
             _clamp_tile(v, row_layout)
             fence_async_shared()
         k_operand = k
-        if BLOCK_D == 64 and not BANDED and K_REGISTERS:
+        if BLOCK_D == 64 and not BANDED and not LISTED and K_REGISTERS:
             k_operand = k.load(gl.DotOperandLayout(0, s_layout, k_width=2))
         mbarrier.wait(stages.q_full.index(step_count % STAGES), step_count // STAGES & 1, pred=steps > 0)
         barrier()
@@ -415,7 +501,7 @@ def _consumer(buffers, stages, ds_bufs, dq_stages, scale_2, scheduler, work, OPT
             stage = step_count % STAGES
             q = stages.q.index(stage).reshape([BLOCK_M, BLOCK_D])
             do = stages.do.index(stage).reshape([BLOCK_M, BLOCK_D])
-            stats = stages.stats.index(stage).reshape([2 * BLOCK_M])
+            stats = stages.stats.index(stage).reshape([(4 if BIASED else 2) * BLOCK_M])
             mbarrier.wait(stages.do_full.index(stage), step_count // STAGES & 1)  # mutate: wait-do
             delta = gl.expand_dims(stats.slice(BLOCK_M, BLOCK_M).load(query_layout), 0)
             delta, _ = gl.broadcast(delta, zeros)
@@ -434,9 +520,33 @@ def _consumer(buffers, stages, ds_bufs, dq_stages, scale_2, scheduler, work, OPT
             else:
                 s_token = warpgroup_mma(k_operand, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
             dp_token = warpgroup_mma(v, do.permute((1, 0)), delta, is_async=True)
-            lse = stats.slice(0, BLOCK_M).load(query_layout)
+            if LISTED:
+                entry = _load_scalar(stages.tiles.index(3 * stage))
+            if LISTED and not BIASED:
+                off_b = _load_scalar(stages.tiles.index(3 * stage + 1))
+                off_h = _load_scalar(stages.tiles.index(3 * stage + 2))
+                words = tile_words(
+                    words_of_head(off_b, off_h, work), start_n, entry // 2 * BLOCK_M, entry % 2 > 0, zeros, work,
+                    LEFT, RIGHT, TRANSPOSED=True,
+                )
+            if not LISTED:
+                lse = stats.slice(0, BLOCK_M).load(query_layout)
             s = warpgroup_mma_wait(1, [s_token])
-            p = gl.exp2(s * scale_2 - gl.expand_dims(lse, 0))
+            if BIASED:
+                if entry % 2 > 0:
+                    mbarrier.wait(bias.full, bias_count & 1)  # mutate: wait-bias
+                    s = _add_bias(s, bias, scale_2, after_n, at_left, at_right, entry // 2 * BLOCK_M, OPTIONS, s_layout)
+                    named_barrier_arrive(BIAS_EMPTY, BARRIER_THREADS)  # mutate: release-dbias
+                    bias_count += 1
+                else:
+                    s = s * scale_2
+                s = s - gl.expand_dims(stats.slice(0, BLOCK_M).load(query_layout), 0)  # exact, if it is -1e9
+                lse = stats.slice(2 * BLOCK_M, BLOCK_M).load(query_layout)
+            elif LISTED:  # lse after the words, for want of registers
+                if entry % 2 > 0:
+                    s = gl.where(visible_bits(words, zeros, s_layout), s, float("-inf"))
+                lse = stats.slice(0, BLOCK_M).load(query_layout)
+            p = gl.exp2(s * (LOG2E if BIASED else scale_2) - gl.expand_dims(lse, 0))
             p_16 = gl.convert_layout(p.to(dtype), p_layout)
             # here: it keeps the wait for dP below the exponentials
             q_full = stages.q_full.index((step_count + 1) % STAGES)
@@ -459,7 +569,7 @@ def _consumer(buffers, stages, ds_bufs, dq_stages, scale_2, scheduler, work, OPT
 
         barrier()  # all have read K
         v.store(dv.to(dtype))
-        k.store((dk * (scale_2 * LN2)).to(dtype))
+        k.store((dk * (scale_2 if BIASED else scale_2 * LN2)).to(dtype))
         fence_async_shared()
         mbarrier.arrive(buffers.grads_full, count=1)
         item_count += 1
@@ -467,14 +577,18 @@ def _consumer(buffers, stages, ds_bufs, dq_stages, scale_2, scheduler, work, OPT
 
 
 @gluon.jit(do_not_specialize=[
-    "scale_2", "column_tiles", "heads", "section", "Hk", "GROUP", "row_tiles", "N", "left", "right"
+    "scale_2", "column_tiles", "heads", "section", "Hk", "GROUP", "row_tiles", "N", "M", "left", "right",
+    "list_b", "list_h", "list_row", "capacity", "word_b", "word_h", "word_m", "word_n",
 ])
 def _backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, stats_desc, dq_desc, dk_desc, dv_desc, semaphores_ptr, counter_ptr, scale_2,
-    column_tiles, heads, section, Hk, GROUP, row_tiles, N, left, right,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, DQ_STAGES: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, stats_desc, dq_desc, dk_desc, dv_desc, bias_desc, semaphores_ptr, counter_ptr,
+    scale_2,
+    column_tiles, heads, section, Hk, GROUP, row_tiles, N, M, left, right,
+    lists_ptr, counts_ptr, list_b, list_h, list_row, capacity, words_ptr, word_b, word_h, word_m, word_n, orders_ptr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LISTED: gl.constexpr, BIASED: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, DQ_STAGES: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
 ):
+    gl.static_assert(not BIASED or STAGES == 2)
     gl.static_assert(2 <= STAGES and STAGES <= DQ_FULL - Q_EMPTY and DQ_STAGES <= 16 - DQ_FULL)
     dtype: gl.constexpr = q_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -482,7 +596,14 @@ def _backward_kernel(
     v_buf = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
     q_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], do_desc.layout)
-    stats_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * BLOCK_M], stats_desc.layout)
+    STATS: gl.constexpr = 4 if BIASED else 2
+    stats_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, STATS * BLOCK_M], stats_desc.layout)
+    bias_buf = k_buf
+    if BIASED:
+        bias_buf = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_M, BLOCK_N], bias_desc.layout)
+    bias_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bias_full, count=1)
+    tiles = gl.allocate_shared_memory(gl.int32, [3 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ds_bufs = gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_M], ds_layout)
     dq_bufs = gl.allocate_shared_memory(gl.float32, [DQ_STAGES, 64, 128], dq_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -511,17 +632,21 @@ def _backward_kernel(
         mbarrier.init(items_empty.index(i), count=3)  # all partitions but the producer
     fence_async_shared()
 
-    OPTIONS: gl.constexpr = Options(LEFT, RIGHT, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES)
-    work = Work(column_tiles, heads, section, Hk, GROUP, row_tiles, N, left, right)
+    OPTIONS: gl.constexpr = Options(LEFT, RIGHT, LISTED, BIASED, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES)
+    mask_map = MaskMap(
+        lists_ptr, counts_ptr, list_b, list_h, list_row, capacity, words_ptr, word_b, word_h, word_m, word_n
+    )
+    work = Work(column_tiles, heads, section, Hk, GROUP, row_tiles, N, M, left, right, mask_map, orders_ptr)
     descs = Descriptors(q_desc, k_desc, v_desc, do_desc, stats_desc, dk_desc, dv_desc)
     scheduler = Scheduler(items, items_full, items_empty)
     buffers = KeyBuffers(k_buf, v_buf, k_full, v_full, grads_full)
-    stages = QueryStages(q_bufs, do_bufs, stats_bufs, q_full, do_full)
+    stages = QueryStages(q_bufs, do_bufs, stats_bufs, tiles, q_full, do_full)
     dq = DqStages(dq_bufs, dq_empty)
+    bias = Bias(bias_desc, bias_buf, bias_full)
     semaphore = SemaphoreStages(semaphore_ready, semaphore_done)
     gl.warp_specialize([
-        (_consumer, (buffers, stages, ds_bufs, dq, scale_2, scheduler, work, OPTIONS)),
-        (_producer, (descs, counter_ptr, buffers, stages, scheduler, work, OPTIONS)),
+        (_consumer, (buffers, stages, bias, ds_bufs, dq, scale_2, scheduler, work, OPTIONS)),
+        (_producer, (descs, counter_ptr, buffers, stages, bias, scheduler, work, OPTIONS)),
         (_semaphore_warp, (semaphores_ptr, semaphore, scheduler, work, OPTIONS)),
         (_dq_warp, (dq_desc, semaphores_ptr, dq, semaphore, scheduler, work, OPTIONS)),
     ], [1, 1, 1], [WORKER_REGISTERS, WORKER_REGISTERS, WORKER_REGISTERS])
@@ -534,7 +659,7 @@ def refuses(
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
     min_tiles = MIN_WAVES * processors(q.device) * (0.25 if left is None and right is not None else 1)
     for what, given in (
-        ("a mask", mask is not None), ("dropout", seed is not None), ("a softcap", softcap != 0.0),
+        ("dropout", seed is not None), ("a softcap", softcap != 0.0),
         ("not 16 bits", q.element_size() != 2), ("a head dim above 128", not 0 < min(D, DV) <= max(D, DV) <= 128),
         ("a scale of 0", scale == 0.0),
         ("too little work to be worth the descriptors", 10 * B * H * M * N * D < max(MIN_WORK, 1)),
@@ -544,7 +669,7 @@ def refuses(
             return what
     if D % 8 or DV % 8 or not all(addressable(t) for t in (q, k, v)):
         return "rows that do not begin at 16 bytes"
-    return None
+    return None if mask is None or mask.dtype == torch.bool else refuses_bias(mask.expand(B, H, M, N), q, v)
 
 
 def run(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dropout_p, left, right):
@@ -552,13 +677,27 @@ def run(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dro
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
     dq, dk, dv, record = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lse.new_empty(*lse.shape, 4)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()  # which vmap may have expanded
-    tile = tile_for("fused backward hopper", q.dtype, max(D, DV), right is not None, q.device)
-    if left is None and right is None and (N % BLOCK_N.value or M % tile.BLOCK_M):
+    biased = mask is not None and mask.dtype != torch.bool
+    op = "fused backward hopper, biased" if biased else "fused backward hopper"
+    tile = tile_for(op, q.dtype, max(D, DV), right is not None, q.device)
+    if mask is None and left is None and right is None and (N % BLOCK_N.value or M % tile.BLOCK_M):
         right = N  # nothing more is hidden, but what is past the last key; and 0 * inf past the last query is no NaN
     own_q, factor = (-q, -scale) if scale < 0.0 else (q, scale)  # the kernel knows positive ones
     do = do if addressable(do) else do.clone(memory_format=torch.contiguous_format)
-    stats, semaphores = preprocess(do, dlse, o, lse, record, tile.BLOCK_M)
+    stats, semaphores = preprocess(do, dlse, o, lse, stats.contiguous() if biased else None, record, tile.BLOCK_M)
     dq_accum = lse.new_empty(64 * semaphores.numel(), 128)
+    lists, words, word_steps, orders = [semaphores, semaphores, 0, 0, 0, 0], semaphores, (0, 0, 0, 0), semaphores
+    totals, total_steps, bias = None, (0, 0), None
+    if mask is not None:
+        mask = mask.expand(B, H, M, N)
+        if biased:
+            units, (bias, steps) = units_of(mask, always=True), bias_of(mask, tile.BLOCK_M)
+            word_steps = (*steps, 0)
+        else:
+            units, words, word_steps = bits_of(mask, transposed=True)
+        group = H // Hk
+        lists, _ = map_of(mask, units, tile, M, N, left, right, transposed=True, ordered=True, group=group)
+        orders, totals, total_steps = orders_of(mask, units, tile, M, N, left, right, group)
     column_tiles, section = triton.cdiv(N, BLOCK_N.value), L2 // (H // Hk * M * 8 * tile.BLOCK_D)
     registers = (1 << 16) // (128 * 3) // 8 * 8  # of a thread, before warp specialisation
     launch(
@@ -566,13 +705,14 @@ def run(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dro
         tile_descriptor(own_q, tile.BLOCK_M, tile.BLOCK_D), tile_descriptor(k, BLOCK_N.value, tile.BLOCK_D),
         tile_descriptor(v, BLOCK_N.value, tile.BLOCK_D), tile_descriptor(do, tile.BLOCK_M, tile.BLOCK_D),
         row_descriptor(stats, 1), row_descriptor(dq_accum, 64),
-        tile_descriptor(dk, BLOCK_N.value, tile.BLOCK_D), tile_descriptor(dv, BLOCK_N.value, tile.BLOCK_D), semaphores,
-        counter(q.device), factor * LOG2E.value,
-        column_tiles, B * Hk, max(1, min(B * Hk, section)), Hk, H // Hk, triton.cdiv(M, tile.BLOCK_M), N,
-        left or 0, right or 0,
-        device=q.device, LEFT=left is not None, RIGHT=right is not None,
+        tile_descriptor(dk, BLOCK_N.value, tile.BLOCK_D), tile_descriptor(dv, BLOCK_N.value, tile.BLOCK_D),
+        tile_descriptor(bias if biased else k, tile.BLOCK_M, BLOCK_N.value if biased else tile.BLOCK_D),
+        semaphores, counter(q.device), factor * (1.0 if biased else LOG2E.value),
+        column_tiles, B * Hk, max(1, min(B * Hk, section)), Hk, H // Hk, triton.cdiv(M, tile.BLOCK_M), N, M,
+        left or 0, right or 0, *lists, words, *word_steps, orders,
+        device=q.device, LEFT=left is not None, RIGHT=right is not None, LISTED=mask is not None, BIASED=biased,
         BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages, DQ_STAGES=tile.SPAN,
         WORKER_REGISTERS=registers * 3 - 2 * tile.registers, num_warps=tile.num_warps, maxnreg=registers,
     )
-    postprocess(dq_accum, dq, N, scale, left, right, tile.BLOCK_M)
+    postprocess(dq_accum, dq, N, scale, left, right, tile.BLOCK_M, totals, total_steps, H // Hk)
     return dq, dk, dv, record

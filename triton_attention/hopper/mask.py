@@ -1,4 +1,10 @@
-"""Which keys a tile of queries sees on Hopper, and a mask for the tiles at the edges."""
+"""Which keys a tile of queries sees on Hopper: bounds, a mask for the tiles at the edges, and masks that are tensors.
+
+The latter come as a list of tiles to visit and as bits, 32 to a word (mask_map.py). Only in partly visible tiles are
+words read, a few by each thread, while the product is under way that they hide a part of.
+"""
+
+from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -6,6 +12,22 @@ from triton.experimental.gluon import language as gl
 from triton_attention.hopper.ptx import opaque
 
 ROWS = gl.constexpr(64)  # queries of a warpgroup
+
+
+class MaskMap(NamedTuple):
+    """A mask's lists of tiles, see map_of in mask_map.py, and its bits, see words_of."""
+
+    lists_ptr: gl.tensor
+    counts_ptr: gl.tensor
+    list_b: gl.tensor
+    list_h: gl.tensor
+    list_row: gl.tensor
+    capacity: gl.tensor
+    words_ptr: gl.tensor
+    word_b: gl.tensor
+    word_h: gl.tensor
+    word_m: gl.tensor
+    word_n: gl.tensor
 
 
 def masks_inner_tiles(left, right):
@@ -28,6 +50,69 @@ def key_tiles(start_m, SIZE: gl.constexpr, work, OPTIONS: gl.constexpr):
     if OPTIONS.LEFT:
         first_n = gl.maximum(gl.minimum(start_m + work.left, last_n), 0)
     return first_n // OPTIONS.BLOCK_N, last_n // OPTIONS.BLOCK_N
+
+
+@gluon.jit
+def word_places(tile):
+    """The rows [R, 1, 1], words [1, W, 1] and bits [1, 1, 32] of a tile [R, 32 W], in the layout of its registers."""
+    ROWS_: gl.constexpr = tile.shape[0]
+    WORDS: gl.constexpr = tile.shape[1] // 32
+    layout: gl.constexpr = gl.reshape(tile, [ROWS_, WORDS, 32]).type.layout
+    rows = gl.arange(0, ROWS_, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    words = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    bits = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    return gl.expand_dims(rows, 1), gl.expand_dims(words, 0), gl.expand_dims(gl.expand_dims(bits, 0), 1)
+
+
+@gluon.jit
+def words_of_head(off_b, off_h, work):
+    """Where the words of a head begin."""
+    steps = off_b.to(gl.int64) * opaque(work.map.word_b) + off_h.to(gl.int64) * opaque(work.map.word_h)
+    return work.map.words_ptr + steps
+
+
+@gluon.jit
+def tile_words(
+    words_ptr, first_row, first_column, pred, tile, work, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    TRANSPOSED: gl.constexpr = False,
+):
+    """The words [R, W] of a tile of queries and keys, or if TRANSPOSED of keys and queries, of the head whose words
+    begin at words_ptr, in the threads that have their elements: 0 in rows past the last, and if not pred. Bits outside
+    of the bounds are 0."""
+    row_step, word_step, end = opaque(work.map.word_m), opaque(work.map.word_n), opaque(work.M)
+    if TRANSPOSED:
+        row_step, word_step, end = opaque(work.map.word_n), opaque(work.map.word_m), opaque(work.N)
+    rows, numbers, _ = word_places(tile)
+    rows += first_row
+    inside = pred & (rows < end) & (numbers >= 0)
+    words = gl.load(words_ptr + rows * row_step + (first_column // 32 + numbers) * word_step, mask=inside, other=0)
+    at = rows - (first_column + numbers * 32)  # the bit on the diagonal
+    if RIGHT:
+        words &= _bits_from(at - opaque(work.right)) if TRANSPOSED else _bits_to(at + opaque(work.right))
+    if LEFT:
+        words &= _bits_to(at - opaque(work.left)) if TRANSPOSED else _bits_from(at + opaque(work.left))
+    return words
+
+
+@gluon.jit
+def _bits_from(first):
+    """Words with the bits from `first` on, which may be outside of them."""
+    return gl.where(first > 31, 0, (first * 0 - 1) << gl.maximum(first, 0))
+
+
+@gluon.jit
+def _bits_to(last):
+    """Words with the bits up to `last`, which may be outside of them."""
+    return ~_bits_from(last + 1)
+
+
+@gluon.jit
+def visible_bits(words, tile, layout: gl.constexpr):
+    """Whether the bit of each element of a tile is set."""
+    _, _, bits = word_places(tile)
+    # what differs from thread to thread is shifted once a word; the rest are constants
+    keep = ((gl.expand_dims(words, 2) >> (bits & 6)) & (1 << (bits & ~6))) != 0
+    return gl.convert_layout(gl.reshape(keep, tile.shape), layout)
 
 
 @gluon.jit

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )
 
-from triton_attention.hopper.mask import ROWS, key_tiles, mask_scores
+from triton_attention.hopper.mask import ROWS, key_tiles, mask_scores, tile_words, visible_bits, words_of_head
 from triton_attention.hopper.ptx import ctaid, opaque
 from triton_attention.hopper.tma import load_async, store_async
 from triton_attention.logits import LOG2E
@@ -34,6 +34,7 @@ class RepairBuffers(NamedTuple):
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
     o: gl.shared_memory_descriptor
+    bias: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
 
 
@@ -73,7 +74,8 @@ def _load(desc, off_b, off_h, start, buf, full, load_count):
 
 @gluon.jit
 def _recompute(
-    q_desc, k_desc, v_desc, o_desc, lse_ptr, scale, bufs, work, tile, warpgroup, load_count, OPTIONS: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, bias_desc, lse_ptr, stats_ptr, scale, bufs, work, tile, warpgroup, load_count,
+    OPTIONS: gl.constexpr,
 ):
     """O of 64 queries by four warps: of the finite values of V, then + inf or NaN where a query sees inf or NaN, then
     - inf or NaN where it sees -inf or NaN."""
@@ -83,7 +85,8 @@ def _recompute(
     BLOCK_D: gl.constexpr = OPTIONS.BLOCK_D
     dtype: gl.constexpr = bufs.k.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
-    COLUMNS: gl.constexpr = 128 if BLOCK_D == 256 else BLOCK_D  # of O and V at a time, for want of registers
+    MOST: gl.constexpr = 64 if OPTIONS.LISTED else 128
+    COLUMNS: gl.constexpr = min(BLOCK_D, MOST)  # of O and V at a time, for want of registers
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, k_width=2)
     head, start_m = tile // work.row_tiles, tile % work.row_tiles * OPTIONS.BLOCK_M + ROWS * warpgroup
@@ -94,7 +97,15 @@ def _recompute(
     offs_m = start_m + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
     lse = gl.load(lse_ptr + head.to(gl.int64) * opaque(work.M) + offs_m, mask=offs_m < work.M, other=0.0)
     lse_2 = gl.expand_dims(gl.where(lse == float("-inf"), 0.0, lse * LOG2E), 1)
+    if OPTIONS.BIASED:  # the maximum instead, and the inverse of the sum
+        at = stats_ptr + 2 * (head.to(gl.int64) * opaque(work.M) + offs_m)
+        lse_2 = gl.expand_dims(gl.load(at, mask=offs_m < work.M, other=0.0), 1)
+        sums = gl.load(at + 1, mask=offs_m < work.M, other=1.0)
+        inverse = gl.expand_dims(1.0 / gl.where(sums == 0.0, 1.0, sums), 1)
     first, last = key_tiles(start_m, ROWS, work, OPTIONS)
+    words_ptr = work.map.words_ptr
+    if OPTIONS.LISTED and not OPTIONS.BIASED:
+        words_ptr = words_of_head(off_b, off_h, work)
     load_count = _load(q_desc, off_b, off_h, start_m, bufs.q, bufs.full, load_count)
     for part in gl.static_range(3 * BLOCK_D // COLUMNS):
         v_part = v.slice(part // 3 * COLUMNS, COLUMNS, dim=1)
@@ -114,10 +125,28 @@ def _recompute(
             if part % 3 == 0:
                 load_count = _load(k_desc, off_b, off_h // work.GROUP, step * BLOCK_N, bufs.k, bufs.full, load_count)
                 s = warpgroup_mma_wait(0, [warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)])
-                s = s * scale - lse_2
+                if not OPTIONS.BIASED:
+                    s = s * scale - lse_2
             else:
                 s = zeros
-            p = gl.exp2(mask_scores(s, start_m, step * BLOCK_N, work, LEFT, RIGHT, s_layout)).to(dtype)
+            if OPTIONS.BIASED:
+                at_b, at_h = off_b * work.map.word_b, off_h * work.map.word_h
+                mbarrier.expect(bufs.full, bias_desc.block_type.nbytes)
+                load_async(bias_desc, [at_b, at_h, start_m * work.map.word_m, step * BLOCK_N], bufs.full, bufs.bias)
+                mbarrier.wait(bufs.full, load_count & 1)
+                load_count += 1
+                bias = bufs.bias.reshape([ROWS, BLOCK_N]).load(s_layout).to(gl.float32)
+                s = mask_scores(gl.fma(s, scale, bias) - lse_2, start_m, step * BLOCK_N, work, LEFT, RIGHT, s_layout)
+                s = gl.where(bias == float("-inf"), bias, s * LOG2E)
+            elif OPTIONS.LISTED:
+                words = tile_words(words_ptr, start_m, step * BLOCK_N, step >= 0, zeros, work, LEFT, RIGHT)
+                s = gl.where(visible_bits(words, zeros, s_layout), s, float("-inf"))
+            else:
+                s = mask_scores(s, start_m, step * BLOCK_N, work, LEFT, RIGHT, s_layout)
+            p = gl.exp2(s)
+            if OPTIONS.BIASED:
+                p = p * inverse
+            p = p.to(dtype)
             acc = warpgroup_mma_wait(0, [warpgroup_mma(gl.convert_layout(p, p_layout), v_part, acc, is_async=True)])
         if part % 3 == 0:
             o_part.store(acc.to(dtype))
@@ -132,7 +161,9 @@ def _recompute(
 
 
 @gluon.jit
-def repair(q_desc, k_desc, v_desc, o_desc, lse_ptr, log_ptr, scale, bufs, work, OPTIONS: gl.constexpr):
+def repair(
+    q_desc, k_desc, v_desc, o_desc, bias_desc, lse_ptr, stats_ptr, log_ptr, scale, bufs, work, OPTIONS: gl.constexpr,
+):
     """Recompute what is marked in the log of this program, all of whose warps have finished."""
     entry_ptr = log_ptr + 4 * (work.items + ctaid())
     if gl.load(entry_ptr) > 0:
@@ -142,6 +173,7 @@ def repair(q_desc, k_desc, v_desc, o_desc, lse_ptr, log_ptr, scale, bufs, work, 
             for warpgroup in range(OPTIONS.BLOCK_M // ROWS):
                 if gl.load(log_ptr + tile * 4 + warpgroup) > 0:
                     load_count = _recompute(
-                        q_desc, k_desc, v_desc, o_desc, lse_ptr, scale, bufs, work, tile, warpgroup, load_count, OPTIONS
+                        q_desc, k_desc, v_desc, o_desc, bias_desc, lse_ptr, stats_ptr, scale, bufs, work, tile,
+                        warpgroup, load_count, OPTIONS,
                     )
             tile = gl.load(log_ptr + tile * 4 + 3)

@@ -19,9 +19,10 @@ LOWEST = gl.constexpr(-3.4028234663852886e38)  # the running maximum before the 
 
 
 @gluon.jit
-def running_max(s, m_i, scale, WARPGROUPS: gl.constexpr, layout: gl.constexpr):
-    """(alpha, new maximum), base 2. The maximum stays as it is until it has grown by a factor of 256 at least, so that
-    alpha is 1 but for a few tiles. It begins with LOWEST, not -inf, and so can always be subtracted from scores."""
+def running_max(s, m_i, scale, WARPGROUPS: gl.constexpr, layout: gl.constexpr, BASE: gl.constexpr = 1.0):
+    """(alpha, new maximum), base 2, or another of which BASE is the logarithm. The maximum stays as it is until it has
+    grown by 8, a factor of 256 at least, so that alpha is 1 but for a few tiles. It begins with LOWEST, not -inf, and
+    so can always be subtracted from scores."""
     x = s
     if WARPGROUPS == 3:  # whose registers are few: no long chain of instructions that wait for each other
         for _ in gl.static_range(4):
@@ -30,7 +31,7 @@ def running_max(s, m_i, scale, WARPGROUPS: gl.constexpr, layout: gl.constexpr):
     if WARPGROUPS == 3:
         m_new = computed_together(m_new)
     m_new = gl.where(m_new > m_i + 8.0, m_new, m_i)
-    return gl.exp2(m_i - m_new), m_new
+    return gl.exp2((m_i - m_new) * BASE), m_new
 
 
 @gluon.jit
