@@ -234,6 +234,14 @@ def waits_for_each(kernel):
     return len(re.findall(r"WARPGROUP\.DEPBAR", dump)) >= len(re.findall("HGMMA", dump)) > 8
 
 
+def unused_barriers(kernel):
+    """How many mbarriers no partition uses. Triton gives their memory to other buffers, and an mbarrier that is
+    overwritten is undefined: when another process takes the GPU, 8 bytes of what lies there change."""
+    before, specialized, after = kernel.asm["ttgir"].partition("ttg.warp_specialize")
+    barriers = re.findall(r"(%\w+) = ttg\.local_alloc .*xi64", before)
+    return sum(not re.search(re.escape(name) + r"\b", after) for name in barriers) if specialized else 0
+
+
 def wide_operands(kernel):
     """How many products have an operand that is laid out for a dtype narrower than its own; see hide_loads."""
     products = re.findall(r"(?:tt\.dot|warp_group_dot) .*", kernel.asm.get("ttgir", ""))
@@ -456,6 +464,8 @@ def rows(name, quick):
             if "wgmma" in kernel.asm.get("ptx", ""):
                 if strays := stray(kernel):
                     problems.append(f"{strays} products read by a descriptor of something else")
+                if unused := unused_barriers(kernel):
+                    problems.append(f"{unused} mbarriers that are initialized and not used")
                 if waits_for_each(kernel) and not slow_anyway:
                     problems.append("ptxas has serialized the products")
             if name.startswith("sm_") and (wide := wide_operands(kernel)):

@@ -574,6 +574,31 @@ def test_gpu_fused_hopper_masks(D, biased, kind, monkeypatch):
 
 
 @pytest.mark.skipif(hopper_kernels("backward", DEVICE) is None, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("is_causal", (False, True))
+@pytest.mark.parametrize("D", (64, 128))
+def test_gpu_fused_hopper_beside_another_process(D, is_causal, monkeypatch):
+    """The same bits each time, also where another process takes the GPU in between: an mbarrier whose memory was
+    another buffer's too was fine until then."""
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(hopper_kernels(name, DEVICE), "MIN_WORK", 0)
+        monkeypatch.setattr(hopper_kernels(name, DEVICE), "MIN_WAVES", 0)
+    monkeypatch.setattr(hopper_kernels("backward", DEVICE), "processors", lambda device: 1)  # one program: a long one
+    q, k, v = (torch.randn(2, 2, 1500, D, device=DEVICE, dtype=BF16, requires_grad=True) for _ in range(3))
+    busy = "import torch; x = torch.zeros(1 << 20, device='cuda'); print(flush=True)\nwhile True: x.add_(1)"
+    with subprocess.Popen([sys.executable, "-c", busy], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        try:
+            first = None
+            for _ in range(200):
+                out = attention_fused(q, k, v, is_causal=is_causal)
+                again = out, *torch.autograd.grad(out, (q, k, v), q.detach())
+                first = again if first is None else first
+                assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        finally:
+            other.kill()
+
+
+@pytest.mark.skipif(hopper_kernels("backward", DEVICE) is None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("D", (64, 128))
 def test_gpu_fused_hopper_gradients(D, monkeypatch):
     """Many programs add to a dQ, in order; an expanded gradient, a misaligned one; sinks; NaN in hidden keys."""

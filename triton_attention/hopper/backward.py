@@ -598,17 +598,17 @@ def _backward_kernel(
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], do_desc.layout)
     STATS: gl.constexpr = 4 if BIASED else 2
     stats_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, STATS * BLOCK_M], stats_desc.layout)
-    bias_buf = k_buf
-    if BIASED:
-        bias_buf = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_M, BLOCK_N], bias_desc.layout)
-    bias_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(bias_full, count=1)
     tiles = gl.allocate_shared_memory(gl.int32, [3 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ds_bufs = gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_M], ds_layout)
     dq_bufs = gl.allocate_shared_memory(gl.float32, [DQ_STAGES, 64, 128], dq_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     grads_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    bias_buf, bias_full = k_buf, k_full
+    if BIASED:
+        bias_buf = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_M, BLOCK_N], bias_desc.layout)
+        bias_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(bias_full, count=1)  # only if it is used: else its memory is another buffer's
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     dq_empty = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], mbarrier.MBarrierLayout())

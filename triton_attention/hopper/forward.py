@@ -602,6 +602,7 @@ def _forward_kernel(
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
+    HIDES: gl.constexpr = LEFT or RIGHT or LISTED
     gl.static_assert(STAGES <= V_EMPTY - K_EMPTY)
     dtype: gl.constexpr = q_desc.dtype
     q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * WARPGROUPS, 1, 1, ROWS, BLOCK_D], q_desc.layout)
@@ -619,8 +620,10 @@ def _forward_kernel(
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * WARPGROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    repair_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(repair_full, count=1)
+    repair_full = k_full
+    if HIDES:
+        repair_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(repair_full, count=1)  # only if it is used: else its memory is another buffer's
     for i in gl.static_range(Q_STAGES * WARPGROUPS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
@@ -654,7 +657,7 @@ def _forward_kernel(
             (_consumer, (output, bias, scale, pipe, work, OPTIONS, 2)),
             (_producer, (q_desc, k_desc, v_desc, bias, counter_ptr, log_ptr, pipe, work, OPTIONS)),
         ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])
-    if LEFT or RIGHT or LISTED:
+    if HIDES:
         o_buf = o_bufs.index(0) if Q_STAGES == 2 else q_bufs.index(1)
         bufs = RepairBuffers(q_bufs.index(0), k_bufs.index(0), v_bufs.index(0), o_buf, bias_bufs.index(0), repair_full)
         repair(q_desc, k_desc, v_desc, o_desc, bias_desc, lse_ptr, stats_ptr, log_ptr, scale, bufs, work, OPTIONS)
