@@ -32,7 +32,7 @@ from triton_attention.dropout import draw_seed
 from triton_attention.float32 import in_parts, load_rows, product, rows_dot, signed, whole
 from triton_attention.fused_backward import fused_backward_op
 from triton_attention.fused_bias import fused_bias_gradient_op
-from triton_attention.fused_common import FEW_QUERIES, fused_arguments, paired
+from triton_attention.fused_common import FEW_QUERIES, fused_arguments, of_keys, paired
 from triton_attention.launch import empty_heads, launch, strided
 from triton_attention.logits import (
     Band, Options, exponential, key_range, listed, listed_tile, load_mask, logits, lowest, start_of, steps, store_pair,
@@ -40,7 +40,7 @@ from triton_attention.logits import (
 from triton_attention.mask_map import map_of, units_of
 from triton_attention.merge import count_splits, merge_attention, merge_splits  # noqa: F401  public here
 from triton_attention.operators import Function, define_op, differentiate, fold, replayable, unfold
-from triton_attention.tile_choice import compile_options, tile_for
+from triton_attention.tile_choice import TUNED, compile_options, tile_for
 from triton_attention.tiles import (
     DropoutMask, Matrix, head, head_ptr, hide_loads, inverse_sum, keep_mask, split_program, store_tile,
 )
@@ -111,7 +111,7 @@ def _fwd_kernel(
     q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
-    mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
+    mask_ptr, stride_ab, stride_ah, stride_am, stride_an, keys_ptr, stride_yb, stride_yn,
     lists_ptr, counts_ptr, stride_lb, stride_lh, stride_lm, capacity,
     sinks_ptr, stride_xh, stride_xm,
     o_ptr, stride_os, stride_ob, stride_oh, stride_om, stride_od,
@@ -121,11 +121,12 @@ def _fwd_kernel(
     SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, TCGEN05: tl.constexpr, EXACT: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ONE_ROW: tl.constexpr, ALIGNED: tl.constexpr, LISTED: tl.constexpr, NARROW: tl.constexpr, FEW: tl.constexpr,
+    ONE_ROW: tl.constexpr, ALIGNED: tl.constexpr, LISTED: tl.constexpr, NARROW: tl.constexpr, HAS_KEYS: tl.constexpr,
+    FEW: tl.constexpr,
 ):
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ONE_ROW, ALIGNED, LISTED, NARROW,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ONE_ROW, ALIGNED, LISTED, NARROW, HAS_KEYS,
     )
     row_tiles, splits = tl.cdiv(M, BLOCK_M), tl.cdiv(N, chunk)
     tile, off_b, off_h = split_program(tl.program_id(0), row_tiles * splits, H)
@@ -145,7 +146,8 @@ def _fwd_kernel(
         seed = tl.load(seed_ptr)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # as float64 kernels compute
-    band, dropout = Band(left, right, mask), DropoutMask(dropout_p, keep_factor, seed, off_b, off_h)
+    band = Band(left, right, mask, (keys_ptr, stride_yb, stride_yn, off_b))
+    dropout = DropoutMask(dropout_p, keep_factor, seed, off_b, off_h)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -201,31 +203,33 @@ def _outputs(q, k, v, mask, *_):
     return empty_heads(q, B, H, M, v.shape[3]), lse, stats
 
 
-def _one_query(q, k, v, mask, sinks, o, lse, left, right):
+def _one_query(q, k, v, mask, key_mask, sinks, o, lse, left, right):
     """A single query each: the heads that share keys become rows of one tile, and a causal bound becomes a slice."""
     first, last = max(0, left or 0), k.shape[2] if right is None else max(0, min(k.shape[2], right + 1))
     k, v = k[:, :, first:last], v[:, :, first:last]
     rows = lambda t: t.unflatten(1, (k.shape[1], -1)).squeeze(3)  # noqa: E731
     mask = None if mask is None else rows(mask[..., first:last])
+    key_mask = None if key_mask is None else key_mask[:, first:last]
     sinks = None if sinks is None else sinks.unflatten(0, (k.shape[1], -1))
-    return rows(q), k, v, mask, sinks, rows(o), lse.unflatten(1, (k.shape[1], -1)).squeeze(3)
+    return rows(q), k, v, mask, key_mask, sinks, rows(o), lse.unflatten(1, (k.shape[1], -1)).squeeze(3)
 
 
 @define_op("fused", fake=_outputs, wide=(1, 2), hopper="forward")
 def fused_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor | None,
     seed: torch.Tensor | None, scale: float, softcap: float, dropout_p: float, left: int | None, right: int | None,
-    block_m: int | None, block_n: int | None,
+    block_m: int | None, block_n: int | None, key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(O [B, H, M, Dv], lse [B, H, M], stats); the mask is 4-D with sizes 1 or full; query m sees the keys
-    m + left ... m + right, or all on a side that is None. stats [B, H, M, 2] are the maxima of rows and the sums of
-    their exponentials, for the backward pass where the rounding of lse would show (see paired); else empty."""
+    """(O [B, H, M, Dv], lse [B, H, M], stats); the mask is 4-D with sizes 1 or full; key_mask [B, N] is a second one,
+    bool if that is, else floating; query m sees the keys m + left ... m + right, or all on a side that is None. stats
+    [B, H, M, 2] are the maxima of rows and the sums of their exponentials, for the backward pass where the rounding of
+    lse would show (see paired); else empty."""
     outputs = o, lse, stats = _outputs(q, k, v, mask)
     if lse.numel() == 0:
         return outputs
     mask = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
     if q.shape[2] == 1 and k.shape[1] > 0 and seed is None:
-        q, k, v, mask, sinks, o, lse = _one_query(q, k, v, mask, sinks, o, lse, left, right)
+        q, k, v, mask, key_mask, sinks, o, lse = _one_query(q, k, v, mask, key_mask, sinks, o, lse, left, right)
         left = right = None
     (B, H, M), (Hk, N) = q.shape[:3], k.shape[1:3]
     if N == 0:
@@ -243,16 +247,16 @@ def fused_op(
     splits = count_splits(programs, N, tile.BLOCK_N, q.device)
     chunk = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
     splits = triton.cdiv(N, chunk)
-    lists, listing = map_of(mask, units_of(mask), tile, M, N, left, right, chunk=chunk)
+    lists, listing = map_of(mask, units_of(mask, key_mask), tile, M, N, left, right, chunk=chunk)
     q, k, v = in_parts(constants["PRECISION"], q, k, v)
     part, part_stats = o[None], stats
     if splits > 1:
         part, part_stats = lse.new_empty(splits, *o.shape), lse.new_empty(splits, *lse.shape, 2)
     launch(
         _fwd_kernel, splits * programs,
-        *strided(q, k, v, mask), *lists, sinks, *sinks_strides,
+        *strided(q, k, v, mask), *of_keys(key_mask), *lists, sinks, *sinks_strides,
         part, *part.stride(), lse, part_stats, seed, *scalars, H, H // Hk, M, N, left or 0, right or 0, chunk,
-        **constants, **listing, HAS_SINKS=sinks is not None, SPLIT=splits > 1,
+        **constants, **listing, HAS_KEYS=key_mask is not None, HAS_SINKS=sinks is not None, SPLIT=splits > 1,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, FEW=tile.BLOCK_M if INTERPRETED else 16,
         **compile_options(tile, q.device),
     )
@@ -271,21 +275,21 @@ class Fused(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, mask, sinks, seed, *ctx.options = inputs
-        ctx.save_for_backward(q, k, v, mask, sinks, seed, *output)
+        q, k, v, mask, sinks, seed, *ctx.options, key_mask = inputs
+        ctx.save_for_backward(q, k, v, mask, sinks, seed, *output, key_mask)
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, do, dlse, _):
-        q, k, v, mask, sinks, seed, o, lse, stats = ctx.saved_tensors
+        *saved, key_mask = ctx.saved_tensors
+        _, _, _, mask, sinks, _, o, _, _ = saved
         if do is None and dlse is None:
-            return (None,) * 13
+            return (None,) * 14
         do = torch.zeros_like(o) if do is None else do.to(o.dtype)
         needs = (mask is not None and ctx.needs_input_grad[3], sinks is not None and ctx.needs_input_grad[4])
-        saved = (q, k, v, mask, sinks, seed, o, lse, stats)
-        grads = differentiate(FusedBackward, do, dlse, *saved, *ctx.options[:5], *needs)
-        return *grads, *(None,) * 8
+        grads = differentiate(FusedBackward, do, dlse, *saved, *ctx.options[:5], *needs, key_mask)
+        return *grads, *(None,) * 9
 
     @staticmethod
     def vmap(info, in_dims, q, k, v, mask, sinks, seed, *options):
@@ -301,14 +305,18 @@ class FusedBackward(Function):
     @staticmethod
     def forward(
         do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dropout_p, left, right,
-        needs_dmask, needs_dsinks,
+        needs_dmask, needs_dsinks, key_mask,
     ):
         full = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
         options = (scale, softcap, dropout_p, left, right)
         dmask, dsinks = None, None
-        dq, dk, dv, record = fused_backward_op(do, dlse, q, k, v, full, sinks, seed, o, lse, stats, *options)
+        dq, dk, dv, record = fused_backward_op(
+            do, dlse, q, k, v, full, sinks, seed, o, lse, stats, *options, key_mask
+        )
         if needs_dmask:
-            dmask = fused_bias_gradient_op(do, q, k, v, full, seed, record, list(mask.shape), mask.dtype, *options)
+            dmask = fused_bias_gradient_op(
+                do, q, k, v, full, seed, record, list(mask.shape), mask.dtype, *options, key_mask
+            )
         if needs_dsinks:  # the sink's weight e^(sink - lse) has no value: dP = 0, so its gradient is -P delta
             top, total = (stats[..., 0], stats[..., 1]) if paired(q, mask) else (lse, torch.ones_like(lse))
             weight = (torch.exp(sinks[:, None].double() - top) / total).masked_fill(lse == -math.inf, 0.0)
@@ -398,9 +406,21 @@ def attention_fused(
     block_m, block_n = check_blocks(block_m=block_m, block_n=block_n)
     seed = draw_seed(q) if dropout_p > 0.0 else None
     o, lse, _ = differentiate(
-        Fused, q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n
+        Fused, q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n, None
     )
     return (o, lse) if return_lse else o
+
+
+@replayable
+def attend_under_two_masks(q, k, v, mask, key_mask, dropout_p):
+    """attention_fused with a mask [B or 1, H or 1, M, N] and one of keys [B, N], both bool (True: may attend) or both
+    floating, which are never combined in memory; no gradient for the latter."""
+    q, k, v = autocast(q, k, v)
+    seed = draw_seed(q) if dropout_p > 0.0 else None
+    scale, softcap, sinks, left, right = q.shape[3] ** -0.5, 0.0, None, None, None
+    return differentiate(
+        Fused, q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, *TUNED, key_mask
+    )[0]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 No kernel here. Heads are views: a projection's [B, M, H * D] is read as [B, H, M, D] through its strides.
 """
 
+import functools
 import math
 import numbers
 
@@ -20,11 +21,11 @@ from triton_attention.checks import (
 )
 from triton_attention.device import DEVICE, INTERPRETED
 from triton_attention.mean_weights import mean_weights_op
-from triton_attention.operators import asks_gradient, differentiate, must_dispatch, replayable
+from triton_attention.operators import asks_gradient, differentiate, inside_transform, must_dispatch, replayable
 from triton_attention.softmax_mean import softmax_mean_op
 from triton_attention.tile_choice import ONE_PASS, TUNED
 from triton_attention_backward import Staged
-from triton_attention_fused import MAX_HEAD_DIM, attention_fused, fused_op
+from triton_attention_fused import MAX_HEAD_DIM, attend_under_two_masks, attention_fused, fused_op
 from triton_attention_scores import dot_products, scores_op
 from triton_attention_softmax import softmax_dropout
 from triton_attention_values import product, values_op
@@ -240,21 +241,29 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
             query, key, value = _together(lambda t: t.transpose(0, 1), query, key, value)
 
         q, k, v = self._project(query, key, value)
-        mask = self._merge_masks(attn_mask, key_padding_mask, q.shape[0], q.shape[1], k.shape[1], q.dtype)
-        _check_mask_dtype(mask, query)
-        k, v, mask = self._append_keys(k, v, mask)
+        B, L, S, D = *q.shape[:2], k.shape[1], self.head_dim
+        fused = not need_weights and D <= MAX_HEAD_DIM and q.device.type in KERNELS_RUN_ON
+        masks = self._masks(attn_mask, key_padding_mask, B, L, S, q.dtype)
+        _check_mask_dtype(masks, query)
+        key_mask = None
+        if fused and len(masks) == 2 and self._stay_two(*masks):
+            mask, key_mask = masks[0], masks[1].view(B, S)
+        else:
+            mask = _combined(masks)
+            k, v, mask = self._append_keys(k, v, mask)
 
-        D = self.head_dim
         q, k, v = (t.view(*t.shape[:2], t.shape[2] // D, D).transpose(1, 2) for t in (q, k, v))
         dropout_p = self.dropout if self.training else 0.0
-        if q.device.type not in KERNELS_RUN_ON:
+        if key_mask is not None:
+            out, weights = attend_under_two_masks(q, k, v, mask, key_mask, dropout_p), None
+        elif fused:
+            out, weights = attention_fused(q, k, v, mask, dropout_p, enable_gqa=True), None
+        elif q.device.type not in KERNELS_RUN_ON:
             out, weights = _attend_by_torch(q, k, v, mask, dropout_p, average=average_attn_weights)
         elif need_weights and average_attn_weights:
             out, weights = _attend_and_average(q, k, v, mask, dropout_p)
-        elif need_weights or D > MAX_HEAD_DIM:
-            out, weights = attention_staged(q, k, v, mask, dropout_p, enable_gqa=True, need_weights=need_weights)
         else:
-            out, weights = attention_fused(q, k, v, mask, dropout_p, enable_gqa=True), None
+            out, weights = attention_staged(q, k, v, mask, dropout_p, enable_gqa=True, need_weights=need_weights)
         out = out.transpose(1, 2).flatten(2)
         if batched and not self.batch_first:
             out = out.transpose(0, 1)
@@ -323,8 +332,8 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
         b_k, b_v = (None, None) if bias is None else b_kv.chunk(2)
         return q, *(F.linear(t, w, b) for t, w, b in zip((key, value), w_kv.chunk(2), (b_k, b_v), strict=True))
 
-    def _merge_masks(self, attn_mask, key_padding_mask, B, L, S, dtype):
-        """Both masks as one for attention_staged, with sizes 1 kept: bool (True: may attend) or floating."""
+    def _masks(self, attn_mask, key_padding_mask, B, L, S, dtype):
+        """The masks that there are, 4-D with sizes 1 kept: all bool (True: may attend) or all floating."""
         masks = []
         if attn_mask is not None:
             expected = (L, S) if attn_mask.dim() == 2 else (B * self.num_heads, L, S)
@@ -341,12 +350,16 @@ class TritonMultiheadAttention(nn.MultiheadAttention):
                 )
             masks.append(key_padding_mask[:, None, None, :])
         if all(mask.dtype == torch.bool for mask in masks):
-            return ~(masks[0] | masks[-1]) if masks else None
-        masks = [
+            return [~mask for mask in masks]
+        return [
             torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else mask
             for mask in masks
         ]
-        return masks[0] if len(masks) == 1 else masks[0] + masks[1]
+
+    def _stay_two(self, mask, padding):
+        """Whether a mask and one of keys beside it need not be combined, which is B times the memory of the first."""
+        appends = self.bias_k is not None or self.add_zero_attn
+        return not (appends or padding.requires_grad or inside_transform()) and mask.shape[2] > 1
 
     def _append_keys(self, k, v, mask):
         """add_bias_kv and add_zero_attn: one more key each, which every query may attend to."""
@@ -407,10 +420,17 @@ def _check_types(key_padding_mask, attn_mask, **inputs):
             raise RuntimeError(f"{name} is on {mask.device}, query is on {inputs['query'].device}")
 
 
-def _check_mask_dtype(mask, query):
-    expected = (torch.bool, torch.float32, query.dtype)
-    if mask is not None and mask.dtype not in expected and not torch.is_autocast_enabled(query.device.type):
-        raise RuntimeError(f"the masks must add up to bool, float32 or {query.dtype} as query, got {mask.dtype}")
+def _check_mask_dtype(masks, query):
+    dtype = functools.reduce(torch.promote_types, (mask.dtype for mask in masks), torch.bool)
+    if dtype not in (torch.bool, torch.float32, query.dtype) and not torch.is_autocast_enabled(query.device.type):
+        raise RuntimeError(f"the masks must add up to bool, float32 or {query.dtype} as query, got {dtype}")
+
+
+def _combined(masks):
+    """Masks as one, or None."""
+    if len(masks) < 2:
+        return masks[0] if masks else None
+    return masks[0] & masks[1] if masks[0].dtype == torch.bool else masks[0] + masks[1]
 
 
 def _together(view, query, key, value):

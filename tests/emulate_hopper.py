@@ -32,7 +32,7 @@ SHARED = [HOPPER / f"{name}.py" for name in ("mask", "nan_repair", "softmax")]
 
 def forward(
     q, k, v, scale, left=None, right=None, block_m=128, block_d=64, stages=2, programs=2, section=2, mask=None,
-    source=None,
+    key_mask=None, source=None,
 ):
     """(O, lse, its log) of the kernel; q [B, H, M, D], k and v [B, Hk, N, D], D up to block_d, scale > 0, mask or None
     [B, H, M, N], expanded."""
@@ -46,11 +46,12 @@ def forward(
     stats, biased = torch.full((B * H * M, 2), torch.nan), mask is not None and mask.dtype != torch.bool
     if mask is not None:
         if biased:
-            units, (bias, steps) = units_of(mask, always=True), forward_kernels.bias_of(mask)
-            word_steps = (*steps, 0)
+            units, (bias, steps) = units_of(mask, key_mask, always=True), forward_kernels.bias_of(mask)
+            words, step = forward_kernels.keys_of(key_mask, mask)
+            word_steps = (*steps, step)
             q_stages = 1 if block_d > 64 else q_stages
         else:
-            units, words, word_steps = bits_of(mask)
+            units, words, word_steps = bits_of(mask, key_mask)
         lists, _ = map_of(mask, units, Tile(block_m, block_n, block_d, 4, 2), M, N, left, right, nonempty=True)
     arguments = (
         Descriptor(q, 64, block_d), Descriptor(k, block_n, block_d), Descriptor(v, block_n, block_d),
@@ -59,7 +60,7 @@ def forward(
         Pointer(lse), Pointer(stats.view(-1)), Pointer(counter), Pointer(log), scale * (1.0 if biased else LOG2E.value),
         items, row_tiles, B * H, section, H, H // Hk, M, N, left or 0, right or 0,
         Pointer(lists[0]), Pointer(lists[1]), *lists[2:], Pointer(words.flatten()), *word_steps,
-        left is not None, right is not None, mask is not None, biased,
+        left is not None, right is not None, mask is not None, biased, biased and key_mask is not None,
         mask is None and forward_kernels.masks_inner_tiles(left, right),
         mask is None and block_m == block_n and forward_kernels.halves_first_tile(left, right, M, N),
         block_m, block_n, block_d, stages, q_stages, 0, 0,
@@ -72,15 +73,16 @@ def forward(
 
 def backward(
     q, k, v, do, dlse, scale, left=None, right=None, block_m=128, section=1, dq_stages=1, stages=2, programs=3,
-    mask=None, source=None,
+    mask=None, key_mask=None, source=None,
 ):
     """(O, lse, dQ, dK, dV), the first two by PyTorch; block_m 128: D up to 64, 64: up to 128."""
     kernel = load(MASK.read_text() + (source or BACKWARD.read_text()))
     (B, H, M), (Hk, N), head_dim = q.shape[:3], k.shape[1:3], 8192 // block_m
-    o, lse = exact(q, *(t.where(t.abs() < 1e30, 0.0) for t in (k, v)), scale, left, right, mask)
+    both = combined(mask, key_mask)
+    o, lse = exact(q, *(t.where(t.abs() < 1e30, 0.0) for t in (k, v)), scale, left, right, both)
     biased, pairs = mask is not None and mask.dtype != torch.bool, None
     if biased:  # as the forward pass has them
-        s = (q @ k.repeat_interleave(H // Hk, 1).mT * scale + mask).masked_fill(~visible(M, N, left, right), -torch.inf)
+        s = (q @ k.repeat_interleave(H // Hk, 1).mT * scale + both).masked_fill(~visible(M, N, left, right), -torch.inf)
         top = s.nan_to_num(-torch.inf).amax(-1).clamp_min(-3e38)
         pairs = torch.stack([top, (s - top[..., None]).exp().nan_to_num().sum(-1)], -1)
     stats, semaphores = kernels.preprocess(do, dlse, o, lse, pairs, torch.empty(B, H, M, 4), block_m)
@@ -91,13 +93,14 @@ def backward(
     totals, total_steps, bias = None, (0, 0), None
     if mask is not None:
         if biased:
-            units, (bias, steps) = units_of(mask, always=True), forward_kernels.bias_of(mask, block_m)
-            word_steps = (*steps, 0)
+            units, (bias, steps) = units_of(mask, key_mask, always=True), forward_kernels.bias_of(mask, block_m)
+            words, step = forward_kernels.keys_of(key_mask, mask)
+            word_steps = (*steps, step)
         else:
-            units, words, word_steps = bits_of(mask, transposed=True)
+            units, words, word_steps = bits_of(mask, key_mask, transposed=True)
         tile, group = Tile(block_m, 128, head_dim, 8, 2), H // Hk
         lists, _ = map_of(mask, units, tile, M, N, left, right, transposed=True, ordered=True, group=group)
-        orders, totals, total_steps = orders_of(mask, units, tile, M, N, left, right, group)
+        orders, totals, total_steps = orders_of(units, tile, M, N, left, right, group)
     counter = torch.zeros(1, dtype=torch.int32)
     arguments = (
         Descriptor(q, block_m, head_dim), Descriptor(k, 128, head_dim), Descriptor(v, 128, head_dim),
@@ -107,8 +110,8 @@ def backward(
         Pointer(semaphores), Pointer(counter), scale * (1.0 if biased else LOG2E.value),
         column_tiles, B * Hk, section, Hk, H // Hk, -(-M // block_m), N, M, left or 0, outer or 0,
         Pointer(lists[0]), Pointer(lists[1]), *lists[2:], Pointer(words.flatten()), *word_steps,
-        Pointer(orders.flatten()), left is not None, outer is not None, mask is not None, biased, block_m, head_dim,
-        stages, dq_stages, 0,
+        Pointer(orders.flatten()), left is not None, outer is not None, mask is not None, biased,
+        biased and key_mask is not None, block_m, head_dim, stages, dq_stages, 0,
     )
     current.size, current.first = programs, 256
     run_threads([(number, kernel._backward_kernel, arguments) for number in range(programs)])
@@ -195,6 +198,14 @@ def exact(q, k, v, scale, left=None, right=None, mask=None):
     return torch_fused(q, k, v, sees, scale=scale)
 
 
+def combined(mask, key_mask):
+    """Two masks as one, as the kernels do not have it in memory."""
+    if key_mask is None:
+        return mask
+    key_mask = key_mask[:, None, None]
+    return mask & key_mask if mask.dtype == torch.bool else mask + key_mask
+
+
 def drawn_mask(kind, M, N, biased=False):
     """A mask [1, 4, M, N] with hidden, plain and partly visible tiles, some rows that see nothing, in each head others;
     or one with dimensions of size 1."""
@@ -219,7 +230,9 @@ def check(source=None, only=None, **case):
     return {"scores": check_scores, "values": check_values, None: check_attention}[only](source, **case)
 
 
-def check_attention(source=None, back=False, keys=420, hidden=None, infinite=False, kind=None, biased=False, **options):
+def check_attention(
+    source=None, back=False, keys=420, hidden=None, infinite=False, kind=None, biased=False, keyed=False, **options,
+):
     """Of a case with every kind of edge. hidden: what stands in keys and values that no query sees; infinite: the last
     keys, which come first, score -inf."""
     torch.manual_seed(0)
@@ -228,6 +241,10 @@ def check_attention(source=None, back=False, keys=420, hidden=None, infinite=Fal
     bounds = {name: options.get(name) for name in ("left", "right")}
     if kind is not None:
         options["mask"] = bounds["mask"] = drawn_mask(kind, 300, keys, biased).expand(1, 4, 300, keys)
+        if keyed:
+            padding = torch.arange(keys)[None] % 150 > 30
+            padding = torch.randn(1, keys).masked_fill(~padding, -torch.inf) if biased else padding
+            options["key_mask"], bounds["mask"] = padding, combined(options["mask"], padding)
     if infinite:
         q[..., 0], k[:, :, 200:, 0] = q[..., 0].abs() + 0.5, -torch.inf
     expected = exact(q, k, v, 0.2, **bounds)
@@ -256,6 +273,10 @@ MASKED = [
     {"kind": "heads"}, {"kind": "heads", "block_m": 192}, {"kind": "heads", "right": 0}, {"kind": "keys", "stages": 3},
     {"kind": "heads", "left": -60, "right": 10, "programs": 1}, {"kind": "queries", "block_m": 192}, {"kind": "causal"},
     {"kind": "keys", "right": 40}, {"kind": "heads", "block_d": 256, "infinite": True},
+    {"kind": "heads", "keyed": True}, {"kind": "causal", "keyed": True, "biased": True},
+    {"kind": "heads", "keyed": True, "biased": True, "right": 0, "hidden": torch.nan},
+    {"back": True, "kind": "causal", "keyed": True, "right": 40}, {"back": True, "kind": "heads", "keyed": True},
+    {"back": True, "kind": "heads", "keyed": True, "biased": True, "block_m": 64, "right": 0},
     {"kind": "heads", "biased": True}, {"kind": "keys", "biased": True, "right": 0}, {"kind": "causal", "biased": True},
     {"kind": "heads", "biased": True, "left": -60, "right": 10, "block_d": 128, "keys": 416},
     {"kind": "heads", "biased": True, "hidden": torch.nan, "right": -70, "programs": 1},
@@ -329,6 +350,8 @@ BUGS = {  # name: (mark of a line in the kernel, what is done to it (see plant),
     }),
     "a bias overwritten": ("acquire-bias", DROP, _BIASED_BACK),
     "a bias not waited for": ("wait-bias", DROP, _BIASED_BACK),
+    "a second mask forgotten": ("keys", DROP, {**_BIASED, "keyed": True}),
+    "a second mask of the backward forgotten": ("keys", DROP, {**_BIASED_BACK, "keyed": True}),
     "a bias of the backward never released": ("release-dbias", DROP, _BIASED_BACK),
     "last queries first forgotten": ("stride", DROP, _BACK),
     "Q released while dK is in flight": ("release-q", EARLIER, _BACK),

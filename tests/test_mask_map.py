@@ -122,7 +122,7 @@ def test_orders(heads, left, right):
     kinds = [n // 50 == m // 50, (n >= 256) & (m < 128), n <= m, (n == 7) & (m > 5)]
     mask = torch.stack(kinds[:heads])[None].expand(B, H, 300, 420)
     tile, units = SimpleNamespace(BLOCK_M=64, BLOCK_N=128, narrow=None), units_of(mask)
-    orders, totals, steps = orders_of(mask, units, tile, 300, 420, left, right, 2)
+    orders, totals, steps = orders_of(units, tile, 300, 420, left, right, 2)
     arguments, _ = map_of(mask, units, tile, 300, 420, left, right, transposed=True, ordered=True, group=2)
     for h in range(min(heads, H // 2)):
         lists = [listed_tiles(arguments, 0, h, row)[0] for row in range(4)]

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from triton_attention.float32 import in_parts, load_rows, map_finite, product, rows_dot, signed, whole
-from triton_attention.fused_common import FEW_QUERIES, fused_arguments
+from triton_attention.fused_common import FEW_QUERIES, fused_arguments, of_keys
 from triton_attention.launch import launch, strided
 from triton_attention.logits import (
     Band, Options, exponential, key_range, listed, listed_tile, load_mask, load_pair, logits, query_range, start_of,
@@ -155,7 +155,7 @@ def _dq_kernel(
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
     o_ptr, stride_ob, stride_oh, stride_om, stride_od,
-    mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
+    mask_ptr, stride_ab, stride_ah, stride_am, stride_an, keys_ptr, stride_yb, stride_yn,
     lists_ptr, counts_ptr, stride_lb, stride_lh, stride_lm, capacity, sinks_ptr, stride_xh,
     lse_ptr, stats_ptr, dlse_ptr, record_ptr, dq_ptr, stride_rb, stride_rh, stride_rm, stride_rd,
     seed_ptr, scale, dropout_p, keep_factor, H, GROUP, M, N, left, right,
@@ -164,11 +164,11 @@ def _dq_kernel(
     SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, TCGEN05: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ONE_ROW: tl.constexpr, ALIGNED: tl.constexpr, LISTED: tl.constexpr, NARROW: tl.constexpr,
+    ONE_ROW: tl.constexpr, ALIGNED: tl.constexpr, LISTED: tl.constexpr, NARROW: tl.constexpr, HAS_KEYS: tl.constexpr,
 ):
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ONE_ROW, ALIGNED, LISTED, NARROW,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ONE_ROW, ALIGNED, LISTED, NARROW, HAS_KEYS,
     )
     row_tiles = tl.cdiv(M, BLOCK_M)
     tile, off_b, off_h = split_program(tl.program_id(0), row_tiles, H)
@@ -189,7 +189,8 @@ def _dq_kernel(
         seed = tl.load(seed_ptr)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # as float64 kernels compute
-    band, dropout = Band(left, right, mask), DropoutMask(dropout_p, keep_factor, seed, off_b, off_h)
+    band = Band(left, right, mask, (keys_ptr, stride_yb, stride_yn, off_b))
+    dropout = DropoutMask(dropout_p, keep_factor, seed, off_b, off_h)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -260,7 +261,7 @@ def _dkdv_inner(
         record = load_record(record_ptr, (off_b.to(tl.int64) * H + off_h) * M, offs_m, M)
         band_of_head = band
         if OPTIONS.HAS_MASK or OPTIONS.HAS_BIAS:
-            band_of_head = Band(band.left, band.right, head(*band.mask, off_b, off_h))
+            band_of_head = Band(band.left, band.right, head(*band.mask, off_b, off_h), band.keys)
         mask = load_mask(band_of_head, offs_m, k.offs, 1, MASKED, OPTIONS)
         zeros = tl.zeros([BLOCK_N, BLOCK_M], dk.dtype)
         qk_t = rows_dot(k, q, zeros, PRECISION)
@@ -287,7 +288,7 @@ def _dkdv_kernel(
     q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
-    mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
+    mask_ptr, stride_ab, stride_ah, stride_am, stride_an, keys_ptr, stride_yb, stride_yn,
     lists_ptr, counts_ptr, stride_lb, stride_lh, stride_lm, capacity,
     record_ptr,
     dk_ptr, stride_rb, stride_rh, stride_rn, stride_rd,
@@ -297,11 +298,11 @@ def _dkdv_kernel(
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, PAIRED: tl.constexpr, TCGEN05: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ONE_ROW: tl.constexpr, ALIGNED: tl.constexpr, LISTED: tl.constexpr, NARROW: tl.constexpr,
+    ONE_ROW: tl.constexpr, ALIGNED: tl.constexpr, LISTED: tl.constexpr, NARROW: tl.constexpr, HAS_KEYS: tl.constexpr,
 ):
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ONE_ROW, ALIGNED, LISTED, NARROW,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ONE_ROW, ALIGNED, LISTED, NARROW, HAS_KEYS,
     )
     tile, off_b, off_hk = split_program(tl.program_id(0), tl.cdiv(N, BLOCK_N), H // GROUP)
     start_n = tile * BLOCK_N
@@ -317,7 +318,8 @@ def _dkdv_kernel(
         seed = tl.load(seed_ptr)
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale, keep_factor = tl.cast(scale, ACC), tl.cast(keep_factor, ACC)  # as float64 kernels compute
-    band, dropout = Band(left, right, mask_heads), DropoutMask(dropout_p, keep_factor, seed, off_b, off_hk)
+    band = Band(left, right, mask_heads, (keys_ptr, stride_yb, stride_yn, off_b))
+    dropout = DropoutMask(dropout_p, keep_factor, seed, off_b, off_hk)
 
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -348,7 +350,7 @@ def fused_backward_op(
     do: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     mask: torch.Tensor | None, sinks: torch.Tensor | None, seed: torch.Tensor | None, o: torch.Tensor,
     lse: torch.Tensor, stats: torch.Tensor, scale: float, softcap: float, dropout_p: float, left: int | None,
-    right: int | None,
+    right: int | None, key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dQ, dK, dV, record [B, H, M, 4] of each query, see load_record) of do like O, dlse like lse, and what fused_op
     took and returned."""
@@ -365,25 +367,25 @@ def fused_backward_op(
     variant = ", few" if M <= FEW_QUERIES else variant
     dtype = q.dtype
     do, q, k, v = in_parts(constants["PRECISION"], do, q, k, v)
-    units = units_of(mask)
+    units = units_of(mask, key_mask)
     tile = tile_for(f"fused dq{variant}", dtype, width, right is not None, q.device)
     lists, listing = map_of(mask, units, tile, M, N, left, right)
     launch(
         _dq_kernel, B * H * triton.cdiv(M, tile.BLOCK_M),
-        *strided(do, q, k, v, o, mask), *lists, sinks, 0 if sinks is None else sinks.stride(0),
+        *strided(do, q, k, v, o, mask), *of_keys(key_mask), *lists, sinks, 0 if sinks is None else sinks.stride(0),
         lse, stats, dlse, record, *strided(dq),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
-        **constants, **listing, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None,
+        **constants, **listing, HAS_KEYS=key_mask is not None, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile, q.device),
     )
     tile = tile_for(f"fused dkdv{variant}", dtype, width, right is not None, q.device)
     lists, listing = map_of(mask, units, tile, M, N, left, right, transposed=True, group=H // Hk)
     launch(
         _dkdv_kernel, B * Hk * triton.cdiv(N, tile.BLOCK_N),
-        *strided(do, q, k, v, mask), *lists, record, *strided(dk, dv),
+        *strided(do, q, k, v, mask), *of_keys(key_mask), *lists, record, *strided(dk, dv),
         seed, *scalars, H, M, N, left or 0, right or 0,
-        GROUP=H // Hk, **constants, **listing, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-        **compile_options(tile, q.device),
+        GROUP=H // Hk, **constants, **listing, HAS_KEYS=key_mask is not None,
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile, q.device),
     )
     if dtype == torch.float64:
         dq *= scale

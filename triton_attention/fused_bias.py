@@ -13,7 +13,7 @@ import triton.language as tl
 
 from triton_attention.float32 import in_parts, load_rows, rows_dot, signed
 from triton_attention.fused_backward import dscores, load_record, probs
-from triton_attention.fused_common import fused_arguments
+from triton_attention.fused_common import fused_arguments, of_keys
 from triton_attention.launch import launch, strided
 from triton_attention.logits import Band, Options, load_mask
 from triton_attention.operators import define_op
@@ -27,19 +27,20 @@ def _dbias_kernel(
     q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
-    mask_ptr, stride_ab, stride_ah, stride_am, stride_an,
+    mask_ptr, stride_ab, stride_ah, stride_am, stride_an, keys_ptr, stride_yb, stride_yn,
     record_ptr, dbias_ptr, stride_rb, stride_rh, stride_rm, stride_rn,
     seed_ptr, scale, dropout_p, keep_factor, B, H, GROUP, M, N, left, right, GH, GM, GN,
     D: tl.constexpr, DV: tl.constexpr, SIGN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, PAIRED: tl.constexpr, TCGEN05: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGNED: tl.constexpr, SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_M: tl.constexpr, SUM_N: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_KEYS: tl.constexpr,
+    SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_M: tl.constexpr, SUM_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """One tile of the bias's gradient [GB, GH, GM, GN]: dS summed over the dimensions where the bias has size 1."""
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, ALIGNED,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, ALIGNED, HAS_KEYS=HAS_KEYS,
     )
     col_tiles = tl.cdiv(GN, BLOCK_N)
     tile, first_b, first_h = split_program(tl.program_id(0), tl.cdiv(GM, BLOCK_M) * col_tiles, GH)
@@ -66,7 +67,8 @@ def _dbias_kernel(
         k_head = head(k_ptr, (stride_kb, stride_kh, stride_kn, stride_kd), (N, D), off_b, off_h // GROUP)
         v_head = head(v_ptr, (stride_vb, stride_vh, stride_vn, stride_vd), (N, DV), off_b, off_h // GROUP)
         mask = head(mask_ptr, (stride_ab, stride_ah, stride_am, stride_an), (M, N), off_b, off_h)
-        band, dropout = Band(left, right, mask), DropoutMask(dropout_p, keep_factor, seed, off_b, off_h)
+        band = Band(left, right, mask, (keys_ptr, stride_yb, stride_yn, off_b))
+        dropout = DropoutMask(dropout_p, keep_factor, seed, off_b, off_h)
         q = load_rows(q_head, offs_m, offs_d, PRECISION)
         if SIGN != 1:
             q = signed(q, SIGN)
@@ -100,6 +102,7 @@ def fused_bias_gradient_op(
     do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor,
     seed: torch.Tensor | None, record: torch.Tensor, shape: list[int], dtype: torch.dtype,
     scale: float, softcap: float, dropout_p: float, left: int | None, right: int | None,
+    key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """dS summed to the bias's own 4-D shape, in its dtype; `mask` is that bias, expanded."""
     (B, H, M), (Hk, N), dbias = q.shape[:3], k.shape[1:3], mask.new_empty(shape, dtype=dtype)
@@ -113,9 +116,9 @@ def fused_bias_gradient_op(
     sums = [size == 1 for size in shape]
     launch(
         _dbias_kernel, shape[0] * shape[1] * triton.cdiv(shape[2], tile.BLOCK_M) * triton.cdiv(shape[3], tile.BLOCK_N),
-        *strided(do, q, k, v, mask), record, *strided(dbias),
+        *strided(do, q, k, v, mask), *of_keys(key_mask), record, *strided(dbias),
         seed, *scalars, B, H, H // Hk, M, N, left or 0, right or 0, *shape[1:],
-        **constants, ALIGNED=N % 16 == 0 and mask.stride(3) == 1,
+        **constants, ALIGNED=N % 16 == 0 and mask.stride(3) == 1, HAS_KEYS=key_mask is not None,
         SUM_B=sums[0], SUM_H=sums[1], SUM_M=sums[2], SUM_N=sums[3],
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile, q.device),
     )

@@ -41,14 +41,17 @@ class Options(NamedTuple):
     ALIGNED: bool = False  # whether its rows are contiguous, and as long as a multiple of 16
     LISTED: bool = False  # whether the tiles to visit are listed in memory, see mask_map.py
     NARROW: int = 0  # of tiles that are partly visible: so many columns at a time
+    HAS_KEYS: bool = False  # whether there is a second mask, of keys
 
 
 class Band(NamedTuple):
-    """The keys that query m of a head sees: from m + left to m + right, those that the mask [M, N] allows."""
+    """The keys that query m of a head sees: from m + left to m + right, those that the mask [M, N] allows, and a
+    second one of the keys of each batch element: (pointer, its two strides, the batch element)."""
 
     left: tl.tensor
     right: tl.tensor
     mask: Matrix
+    keys: tuple
 
 
 @triton.jit
@@ -166,6 +169,19 @@ def hyperbolic_tangent(x):
 
 
 @triton.jit
+def load_keys(ptr, stride_b, stride_n, off_b, offs_n, N):
+    """Of a second mask [B, N] the places of some keys; 0 past the last."""
+    return tl.load(ptr + off_b.to(tl.int64) * stride_b + offs_n.to(tl.int64) * stride_n, mask=offs_n < N, other=0)
+
+
+@triton.jit
+def add_keys(tile, keys):
+    """The sum of two floating masks, which does not overflow in 16 bits."""
+    WIDE: tl.constexpr = tl.float64 if tile.dtype == tl.float64 else tl.float32
+    return tile.to(WIDE) + keys.to(WIDE)
+
+
+@triton.jit
 def load_mask(band, offs_m, offs_n, M_AXIS: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr):
     """The tile of the mask for logits(), with its queries along M_AXIS; one row (or column) of it if all are the same.
 
@@ -186,6 +202,10 @@ def load_mask(band, offs_m, offs_n, M_AXIS: tl.constexpr, MASKED: tl.constexpr, 
             tile = tl.load(ptrs, mask=(offs_m < shape[0])[:, None] & inside[None, :], other=0)
             if M_AXIS == 1:
                 tile = tl.trans(tile)
+        if OPTIONS.HAS_KEYS:
+            keys_ptr, stride_b, stride_n, off_b = band.keys
+            keys = tl.expand_dims(load_keys(keys_ptr, stride_b, stride_n, off_b, offs_n, shape[1]), M_AXIS)
+            tile = tile.to(tl.int1) & keys.to(tl.int1) if OPTIONS.HAS_MASK else add_keys(tile, keys)
         return tile
     else:
         return band.left

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from triton_attention.device import INTERPRETED
 from triton_attention.launch import launch
+from triton_attention.logits import add_keys, load_keys
 from triton_attention.tiles import head_ptr, load_tile, split_program
 
 UNIT = 32  # elements of a unit in either direction
@@ -30,8 +31,8 @@ WIDTH = 8  # units that a program looks at, side by side
 
 @triton.jit
 def _classify_kernel(
-    mask_ptr, stride_ab, stride_ah, stride_am, stride_an, units_ptr, H, M, N,
-    IS_BOOL: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
+    mask_ptr, stride_ab, stride_ah, stride_am, stride_an, keys_ptr, stride_yb, stride_yn, units_ptr, H, M, N,
+    IS_BOOL: tl.constexpr, HAS_KEYS: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
 ):
     """WIDTH units side by side."""
     row_units, column_units = tl.cdiv(M, UNIT), tl.cdiv(N, UNIT)
@@ -43,10 +44,14 @@ def _classify_kernel(
     # what does not count: rows past the last, and columns past the one that is for all keys
     outside = (offs_m[:, None] >= M) | ((offs_n[None, :] > 0) & (N == 1))
     if IS_BOOL:
-        x = load_tile(mask, (stride_am, stride_an), (M, N), offs_m, offs_n, False).to(tl.int32)
-        seen, plain = x != 0, (x != 0) | outside
+        x = load_tile(mask, (stride_am, stride_an), (M, N), offs_m, offs_n, False).to(tl.int32) != 0
+        if HAS_KEYS:
+            x = x & (load_keys(keys_ptr, stride_yb, stride_yn, off_b, offs_n, N) != 0)[None, :]
+        seen, plain = x, x | outside
     else:
         x = load_tile(mask, (stride_am, stride_an), (M, N), offs_m, offs_n, float("-inf"))
+        if HAS_KEYS:
+            x = add_keys(x, load_keys(keys_ptr, stride_yb, stride_yn, off_b, offs_n, N)[None, :])
         seen, plain = x != float("-inf"), (x == 0.0) | outside
     any_seen = tl.max(tl.max(tl.reshape(seen.to(tl.int32), [UNIT, WIDTH, UNIT]), 2), 0)
     all_plain = tl.min(tl.min(tl.reshape(plain.to(tl.int32), [UNIT, WIDTH, UNIT]), 2), 0)
@@ -56,9 +61,15 @@ def _classify_kernel(
 
 
 @triton.jit
+def _ones(x):
+    """Four bytes, each 1 where it was not 0."""
+    return (((x & 0x7F7F7F7F) + 0x7F7F7F7F | x) >> 7) & 0x01010101
+
+
+@triton.jit
 def _bits_kernel(
-    mask_ptr, stride_ab, stride_ah, stride_am, units_ptr, words_ptr, H, M, N, WORDS,
-    TRANSPOSED: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
+    mask_ptr, stride_ab, stride_ah, stride_am, keys_ptr, stride_yb, units_ptr, words_ptr, H, M, N, WORDS,
+    TRANSPOSED: tl.constexpr, HAS_KEYS: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
 ):
     """Units as _classify_kernel, and their bits, of a mask of which an element is four bytes: a word for 32 keys of a
     query, or if TRANSPOSED for 32 queries of a key. N counts bytes, strides elements."""
@@ -69,7 +80,9 @@ def _bits_kernel(
     offs_m, quads = row * UNIT + tl.arange(0, UNIT), first * (UNIT // 4) + tl.arange(0, WIDTH * UNIT // 4)
     mask = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
     x = load_tile(mask, (stride_am, 1), (M, N // 4), offs_m, quads, 0)
-    x = (((x & 0x7F7F7F7F) + 0x7F7F7F7F | x) >> 7) & 0x01010101  # each byte 0 or 1
+    x = _ones(x)
+    if HAS_KEYS:
+        x &= _ones(load_keys(keys_ptr, stride_yb, 1, off_b, quads, N // 4))[None, :]
     head, units = off_b.to(tl.int64) * H + off_h, first + tl.arange(0, WIDTH)
     parts = tl.reshape(x, [UNIT, WIDTH, UNIT // 4])
     outside = (offs_m >= M)[:, None, None]
@@ -202,71 +215,83 @@ def once(mask):
     return mask[tuple(slice(None) if stride else slice(1) for stride in mask.stride())]
 
 
-def units_of(mask, always=False):
-    """The units [b, h, M / 32, N / 32], int8, of a mask [B, H, M, N], expanded; each size is 1 where the mask's is.
-    None where there is no mask, or unless always, lists of its tiles are not worth making."""
+def _beside(mask, keys):
+    """A mask as once() gives it, with a batch of its own for each of a second mask [B, N], and its keys."""
+    return once(mask) if keys is None else once(mask).expand(keys.shape[0], -1, -1, keys.shape[1])
+
+
+def units_of(mask, keys=None, *, always=False):
+    """The units [b, h, M / 32, N / 32], int8, of a mask [B, H, M, N], expanded, and a second one [B, N] of keys; each
+    size is 1 where it is that of both. None where there is no mask, or unless always, lists of its tiles are not worth
+    making."""
     if mask is None or not always and mask.shape[2] * mask.shape[3] < LISTS_FROM:
         return None
-    mask = once(mask)
+    mask = _beside(mask, keys)
     b, h, M, N = mask.shape
     units = torch.empty(b, h, triton.cdiv(M, UNIT), triton.cdiv(N, UNIT), dtype=torch.int8, device=mask.device)
     launch(
         _classify_kernel, b * h * units.shape[2] * triton.cdiv(units.shape[3], WIDTH),
-        mask, *mask.stride(), units, h, M, N,
-        IS_BOOL=mask.dtype == torch.bool, UNIT=UNIT, WIDTH=WIDTH, num_warps=4,
+        mask, *mask.stride(), keys, *(keys.stride() if keys is not None else (0, 0)), units, h, M, N,
+        IS_BOOL=mask.dtype == torch.bool, HAS_KEYS=keys is not None, UNIT=UNIT, WIDTH=WIDTH, num_warps=4,
     )
     return units
 
 
-def bits_of(mask, *, transposed=False):
-    """(units, words, steps) of a bool mask [B, H, M, N], expanded, in one pass: units as those of units_of; its bits in
-    words of 32 (int32), the first in the lowest; and how many words it is to the next batch element, the next head, the
-    next query and the next 32 keys: 0 where all are alike.
+def bits_of(mask, keys=None, *, transposed=False):
+    """(units, words, steps) of a bool mask [B, H, M, N], expanded, and a second one [B, N] of keys, in one pass: units
+    as those of units_of; the bits of both in words of 32 (int32), the first in the lowest; and how many words it is to
+    the next batch element, the next head, the next query and the next 32 keys: 0 where all are alike.
 
     A word is for 32 keys of a query: [b, h, N / 32, M], with zeros up to a multiple of 128 keys; transposed, for 32
     queries of a key: [b, h, M / 32, N], and the last steps are those to the next 32 queries and the next key.
     """
     N, one_row = mask.shape[3], mask.stride(2) == 0
-    b, h = once(mask).shape[:2]
-    mask = mask[:b, :h, : 1 if one_row else None]
+    small = once(mask).shape[:2]
+    mask = mask[: small[0], : small[1], : 1 if one_row else None]
+    b, h = _beside(mask, keys).shape[:2]
     width = triton.cdiv(N, 4) * 4
-    fours = mask.stride(3) == 1 and mask.data_ptr() % 4 == 0 and all(s % 4 == 0 for s in (N, *mask.stride()[:3]))
-    if not fours:
-        mask = torch.nn.functional.pad(mask, (0, width - N))
+    mask = _in_fours(mask, width).expand(b, -1, -1, -1)
+    keys = None if keys is None else _in_fours(keys, width)
     if one_row and transposed:
         mask = mask.expand(b, h, UNIT, width)
     M = mask.shape[2]
     words = triton.cdiv(M if transposed else N, 128) * 4
     out = torch.empty(b, h, words, width if transposed else M, dtype=torch.int32, device=mask.device)
     units = torch.empty(b, h, triton.cdiv(M, UNIT), triton.cdiv(N, UNIT), dtype=torch.int8, device=mask.device)
-    mask = mask.view(torch.uint8).view(torch.int32)
+    mask, keys = (None if t is None else t.view(torch.uint8).view(torch.int32) for t in (mask, keys))
     launch(
         _bits_kernel, b * h * units.shape[2] * triton.cdiv(units.shape[3], WIDTH),
-        mask, *mask.stride()[:3], units, out, h, M, width, words, TRANSPOSED=transposed, UNIT=UNIT, WIDTH=WIDTH,
-        num_warps=4,
+        mask, *mask.stride()[:3], keys, 0 if keys is None else keys.stride(0), units, out, h, M, width, words,
+        TRANSPOSED=transposed, HAS_KEYS=keys is not None, UNIT=UNIT, WIDTH=WIDTH, num_warps=4,
     )
     step_b, step_h, step_word, step = out.stride()
     step_m, step_n = (step_word, step) if transposed else (step, step_word)
     return units, out, (0 if b == 1 else step_b, 0 if h == 1 else step_h, 0 if one_row else step_m, step_n)
 
 
-def _unit_strides(mask, units):
+def _in_fours(mask, width):
+    """A bool mask whose rows are `width` contiguous bytes, each from a multiple of four on; itself if they are."""
+    fours = mask.stride(-1) == 1 and all(s % 4 == 0 for s in (mask.data_ptr(), mask.shape[-1], *mask.stride()[:-1]))
+    return mask if fours else torch.nn.functional.pad(mask, (0, width - mask.shape[-1]))
+
+
+def _unit_strides(units):
     """One row of units, or one column of them, is for all."""
-    return [stride if size > 1 else 0 for stride, size in zip(units.stride(), once(mask).shape, strict=True)]
+    return [stride if size > 1 else 0 for stride, size in zip(units.stride(), units.shape, strict=True)]
 
 
-def orders_of(mask, units, tile, M, N, left, right, group):
+def orders_of(units, tile, M, N, left, right, group):
     """In which order tiles of keys come to a tile of queries: (orders [b, h, N / BLOCK_N, M / BLOCK_M], of a visible
     tile how many there are before it, and how many after it times 2^16; totals [b, h, M / BLOCK_M], how many there are;
     the strides of totals for b and h, 0 where all are alike); heads in groups as in map_of."""
-    b, h = once(mask).shape[:2]
+    b, h = units.shape[:2]
     group = min(group, h)
     heads, rows, columns = h // group, triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N)
-    orders = torch.empty(b, heads, columns, rows, dtype=torch.int32, device=mask.device)
-    totals = torch.empty(b, heads, rows, dtype=torch.int32, device=mask.device)
+    orders = torch.empty(b, heads, columns, rows, dtype=torch.int32, device=units.device)
+    totals = torch.empty(b, heads, rows, dtype=torch.int32, device=units.device)
     launch(
         _order_kernel, b * heads * rows,
-        units, *_unit_strides(mask, units), orders, totals, heads, rows, M, N, left or 0, right or 0,
+        units, *_unit_strides(units), orders, totals, heads, rows, M, N, left or 0, right or 0,
         LEFT=left is not None, RIGHT=right is not None, GROUP=group, UNIT=UNIT,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK=64, num_warps=1,
     )
@@ -292,9 +317,9 @@ def map_of(
         about["ALIGNED"] = N % 16 == 0 and mask.stride(3) == 1
     if units is None:
         return [None, None, 0, 0, 0, 0], about
-    b, h, mask_rows = once(mask).shape[:3]
+    b, h, row_units = units.shape[:3]
     group = min(group, h)
-    one_row = mask_rows == 1 and left is None and right is None and not transposed  # for all tiles of queries
+    one_row = row_units == 1 and left is None and right is None and not transposed  # for all tiles of queries
     rows = 1 if one_row else triton.cdiv(N, tile.BLOCK_N) if transposed else triton.cdiv(M, tile.BLOCK_M)
     length = M if transposed else N
     chunk = length if chunk is None else chunk
@@ -304,7 +329,7 @@ def map_of(
     counts = torch.empty(b * heads * rows * splits * 2, dtype=torch.int32, device=mask.device)
     launch(
         _list_kernel, b * heads * rows * splits,
-        units, *_unit_strides(mask, units), lists, counts, heads, rows, M, N, left or 0, right or 0, chunk, capacity,
+        units, *_unit_strides(units), lists, counts, heads, rows, M, N, left or 0, right or 0, chunk, capacity,
         LEFT=left is not None, RIGHT=right is not None, TRANSPOSED=transposed, NONEMPTY=nonempty,
         ORDERED=ordered, GROUP=group, UNIT=UNIT, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK=64, num_warps=1,
     )

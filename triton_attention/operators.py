@@ -209,16 +209,16 @@ def _is_exporting():
 
 
 @torch._dynamo.assume_constant_result
-def _inside_transform():
+def inside_transform():
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def differentiate(function, *args):
     """`function.apply(*args)`, or its forward alone where no gradient can be asked for (saves 15 us)."""
-    if _is_exporting() and not _inside_transform():
+    if _is_exporting() and not inside_transform():
         return function.forward(*args)  # the operators have derivatives; what apply leaves in the graph has none
     if torch.compiler.is_dynamo_compiling():
-        if _inside_transform():  # of torch.func, of which torch.compile's own way with Functions loses gradients
+        if inside_transform():  # of torch.func, of which torch.compile's own way with Functions loses gradients
             return function.node(*args)
         # torch.compile takes no tensor twice: self-attention on a plain x would be refused
         again = [any(a is b for b in args[:i]) and isinstance(a, torch.Tensor) for i, a in enumerate(args)]

@@ -40,8 +40,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention.hopper.backward_ends import postprocess, preprocess
-from triton_attention.hopper.forward import bias_of, refuses_bias
-from triton_attention.hopper.mask import MaskMap, tile_words, visible_bits, words_of_head
+from triton_attention.hopper.forward import bias_of, keys_of, refuses_bias
+from triton_attention.hopper.mask import MaskMap, add_key_mask, tile_words, visible_bits, words_of_head
 from triton_attention.hopper.ptx import (
     atomic_increment, barrier, clamp, inline_asm, named_barrier_arrive, named_barrier_sync, opaque, semaphore_release,
     semaphore_wait, uniform,
@@ -70,6 +70,7 @@ class Options(NamedTuple):
     RIGHT: bool
     LISTED: bool  # whether there is a mask, whose tiles of queries are listed
     BIASED: bool  # whether it is a floating one
+    KEYED: bool  # beside a second one of keys
     BLOCK_M: int
     BLOCK_D: int
     STAGES: int  # of Q, dO, lse and delta
@@ -405,10 +406,12 @@ def _mask_scores(s, after_n, at_left, at_right, LEFT: gl.constexpr, RIGHT: gl.co
 
 @gluon.jit
 def _add_bias(
-    s, bias, scale, after_n, at_left, at_right, start_m, OPTIONS: gl.constexpr, layout: gl.constexpr
+    s, bias, scale, after_n, at_left, at_right, start_m, off_b, work, OPTIONS: gl.constexpr, layout: gl.constexpr
 ):
     """The logits of a partly visible tile of S^T."""
     x = bias.buf.reshape([OPTIONS.BLOCK_M, BLOCK_N]).permute((1, 0)).load(layout).to(gl.float32)
+    if OPTIONS.KEYED:
+        x = add_key_mask(x, off_b, work.N - after_n, work, 0, layout)  # mutate: keys
     s = gl.where(x == float("-inf"), x, gl.fma(s, scale, x))  # a hidden key may hold NaN
     edge = after_n < BLOCK_N
     if OPTIONS.RIGHT:
@@ -535,7 +538,10 @@ def _consumer(buffers, stages, bias, ds_bufs, dq_stages, scale_2, scheduler, wor
             if BIASED:
                 if entry % 2 > 0:
                     mbarrier.wait(bias.full, bias_count & 1)  # mutate: wait-bias
-                    s = _add_bias(s, bias, scale_2, after_n, at_left, at_right, entry // 2 * BLOCK_M, OPTIONS, s_layout)
+                    s = _add_bias(
+                        s, bias, scale_2, after_n, at_left, at_right, entry // 2 * BLOCK_M, keys.head // work.Hk, work,
+                        OPTIONS, s_layout,
+                    )
                     named_barrier_arrive(BIAS_EMPTY, BARRIER_THREADS)  # mutate: release-dbias
                     bias_count += 1
                 else:
@@ -585,8 +591,9 @@ def _backward_kernel(
     scale_2,
     column_tiles, heads, section, Hk, GROUP, row_tiles, N, M, left, right,
     lists_ptr, counts_ptr, list_b, list_h, list_row, capacity, words_ptr, word_b, word_h, word_m, word_n, orders_ptr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, LISTED: gl.constexpr, BIASED: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, DQ_STAGES: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LISTED: gl.constexpr, BIASED: gl.constexpr, KEYED: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, DQ_STAGES: gl.constexpr,
+    WORKER_REGISTERS: gl.constexpr,
 ):
     gl.static_assert(not BIASED or STAGES == 2)
     gl.static_assert(2 <= STAGES and STAGES <= DQ_FULL - Q_EMPTY and DQ_STAGES <= 16 - DQ_FULL)
@@ -632,7 +639,7 @@ def _backward_kernel(
         mbarrier.init(items_empty.index(i), count=3)  # all partitions but the producer
     fence_async_shared()
 
-    OPTIONS: gl.constexpr = Options(LEFT, RIGHT, LISTED, BIASED, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES)
+    OPTIONS: gl.constexpr = Options(LEFT, RIGHT, LISTED, BIASED, KEYED, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES)
     mask_map = MaskMap(
         lists_ptr, counts_ptr, list_b, list_h, list_row, capacity, words_ptr, word_b, word_h, word_m, word_n
     )
@@ -653,7 +660,7 @@ def _backward_kernel(
 
 
 def refuses(
-    do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dropout_p, left, right,
+    do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dropout_p, left, right, key_mask=None,
 ):
     """Why the kernel does not serve fused_backward_op with these arguments, or None."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
@@ -669,10 +676,12 @@ def refuses(
             return what
     if D % 8 or DV % 8 or not all(addressable(t) for t in (q, k, v)):
         return "rows that do not begin at 16 bytes"
-    return None if mask is None or mask.dtype == torch.bool else refuses_bias(mask.expand(B, H, M, N), q, v)
+    return None if mask is None or mask.dtype == torch.bool else refuses_bias(mask.expand(B, H, M, N), key_mask, q, v)
 
 
-def run(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dropout_p, left, right):
+def run(
+    do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dropout_p, left, right, key_mask=None,
+):
     """(dQ, dK, dV, record), see fused_backward_op; for what is not refused."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
     dq, dk, dv, record = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lse.new_empty(*lse.shape, 4)
@@ -691,13 +700,14 @@ def run(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dro
     if mask is not None:
         mask = mask.expand(B, H, M, N)
         if biased:
-            units, (bias, steps) = units_of(mask, always=True), bias_of(mask, tile.BLOCK_M)
-            word_steps = (*steps, 0)
+            units, (bias, steps) = units_of(mask, key_mask, always=True), bias_of(mask, tile.BLOCK_M)
+            words, step = keys_of(key_mask, mask)
+            word_steps = (*steps, step)
         else:
-            units, words, word_steps = bits_of(mask, transposed=True)
+            units, words, word_steps = bits_of(mask, key_mask, transposed=True)
         group = H // Hk
         lists, _ = map_of(mask, units, tile, M, N, left, right, transposed=True, ordered=True, group=group)
-        orders, totals, total_steps = orders_of(mask, units, tile, M, N, left, right, group)
+        orders, totals, total_steps = orders_of(units, tile, M, N, left, right, group)
     column_tiles, section = triton.cdiv(N, BLOCK_N.value), L2 // (H // Hk * M * 8 * tile.BLOCK_D)
     registers = (1 << 16) // (128 * 3) // 8 * 8  # of a thread, before warp specialisation
     launch(
@@ -711,7 +721,8 @@ def run(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dro
         column_tiles, B * Hk, max(1, min(B * Hk, section)), Hk, H // Hk, triton.cdiv(M, tile.BLOCK_M), N, M,
         left or 0, right or 0, *lists, words, *word_steps, orders,
         device=q.device, LEFT=left is not None, RIGHT=right is not None, LISTED=mask is not None, BIASED=biased,
-        BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages, DQ_STAGES=tile.SPAN,
+        KEYED=biased and key_mask is not None, BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages,
+        DQ_STAGES=tile.SPAN,
         WORKER_REGISTERS=registers * 3 - 2 * tile.registers, num_warps=tile.num_warps, maxnreg=registers,
     )
     postprocess(dq_accum, dq, N, scale, left, right, tile.BLOCK_M, totals, total_steps, H // Hk)

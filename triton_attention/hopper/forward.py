@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from triton_attention.hopper.mask import (
-    ROWS, MaskMap, halves_first_tile, key_tiles, mask_scores, masks_inner_tiles, tile_words,
+    ROWS, MaskMap, add_key_mask, halves_first_tile, key_tiles, mask_scores, masks_inner_tiles, tile_words,
     visible_bits, words_of_head,
 )
 from triton_attention.hopper.nan_repair import RepairBuffers, append_tile, finish_log, init_log, repair
@@ -71,6 +71,7 @@ class Options(NamedTuple):
     RIGHT: bool
     LISTED: bool  # whether there is a mask, whose tiles of keys are listed
     BIASED: bool  # whether it is a floating one
+    KEYED: bool  # beside a second one of keys
     INNER_MASK: bool
     HALF_FIRST: bool
     BLOCK_M: int
@@ -372,9 +373,11 @@ def _load_scalar(buf):
 
 
 @gluon.jit
-def _add_bias(s, bias_buf, scale, start_m, start_n, work, OPTIONS: gl.constexpr, layout: gl.constexpr):
+def _add_bias(s, bias_buf, scale, off_b, start_m, start_n, work, OPTIONS: gl.constexpr, layout: gl.constexpr):
     """The logits of a partly visible tile of scores."""
     x = bias_buf.reshape([ROWS, OPTIONS.BLOCK_N]).load(layout).to(gl.float32)
+    if OPTIONS.KEYED:
+        x = add_key_mask(x, off_b, start_n, work, 1, layout)  # mutate: keys
     s = gl.where(x == float("-inf"), x, gl.fma(s, scale, x))  # a hidden key may hold NaN
     edge = start_n + OPTIONS.BLOCK_N > work.N
     if OPTIONS.RIGHT:
@@ -388,7 +391,7 @@ def _add_bias(s, bias_buf, scale, start_m, start_n, work, OPTIONS: gl.constexpr,
 
 @gluon.jit
 def _first_key_tile(
-    q, k, scale, start_m, start_n, masked, words, bias_buf, kv_count, work, OPTIONS: gl.constexpr,
+    q, k, scale, off_b, start_m, start_n, masked, words, bias_buf, kv_count, work, OPTIONS: gl.constexpr,
     s_layout: gl.constexpr,
 ):
     """(weights of the first tile of keys, 0 in its second half if k is no more than the first, maxima)."""
@@ -399,7 +402,7 @@ def _first_key_tile(
     m_i = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, layout))  # mutate: lowest
     if OPTIONS.BIASED:
         if masked:
-            s = _add_bias(s, bias_buf, scale, start_m, start_n, work, OPTIONS, layout)
+            s = _add_bias(s, bias_buf, scale, off_b, start_m, start_n, work, OPTIONS, layout)
         else:
             s = s * scale
         _consumer_release(kv_count, K_EMPTY, OPTIONS)
@@ -482,7 +485,7 @@ def _consumer(output, bias, scale, pipe, work, OPTIONS: gl.constexpr, WARPGROUP:
             else:
                 words = tile_words(words_ptr, start_m, start_n, masked, zeros, work, LEFT, RIGHT)
         p, m_i = _first_key_tile(
-            q, k, scale, start_m, start_n, masked, words, bias_buf, kv_count, work, OPTIONS, s_layout
+            q, k, scale, tile.off_b, start_m, start_n, masked, words, bias_buf, kv_count, work, OPTIONS, s_layout
         )
         l_i = partial_sums(p)
         p_16 = gl.convert_layout(p.to(dtype), p_layout)
@@ -506,7 +509,7 @@ def _consumer(output, bias, scale, pipe, work, OPTIONS: gl.constexpr, WARPGROUP:
             if BIASED:
                 if partial:
                     bias_buf = bias.bufs.index(_stage(kv_count, OPTIONS.STAGES) * OPTIONS.WARPGROUPS + WARPGROUP)
-                    s = _add_bias(s, bias_buf, scale, start_m, start_n, work, OPTIONS, s_layout)
+                    s = _add_bias(s, bias_buf, scale, tile.off_b, start_m, start_n, work, OPTIONS, s_layout)
                 _consumer_release(kv_count, K_EMPTY, OPTIONS)  # mutate: release-bias
                 factor = gl.where(partial, 1.0, scale)
             elif LISTED:
@@ -597,9 +600,10 @@ def _forward_kernel(
     q_desc, k_desc, v_desc, o_desc, bias_desc, lse_ptr, stats_ptr, counter_ptr, log_ptr, scale,
     items, row_tiles, heads, section, H, GROUP, M, N, left, right,
     lists_ptr, counts_ptr, list_b, list_h, list_row, capacity, words_ptr, word_b, word_h, word_m, word_n,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, LISTED: gl.constexpr, BIASED: gl.constexpr, INNER_MASK: gl.constexpr,
-    HALF_FIRST: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LISTED: gl.constexpr, BIASED: gl.constexpr, KEYED: gl.constexpr,
+    INNER_MASK: gl.constexpr, HALF_FIRST: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     HIDES: gl.constexpr = LEFT or RIGHT or LISTED
@@ -633,7 +637,8 @@ def _forward_kernel(
     fence_async_shared()
 
     OPTIONS: gl.constexpr = Options(
-        LEFT, RIGHT, LISTED, BIASED, INNER_MASK, HALF_FIRST, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES, WARPGROUPS
+        LEFT, RIGHT, LISTED, BIASED, KEYED, INNER_MASK, HALF_FIRST, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, Q_STAGES,
+        WARPGROUPS,
     )
     mask_map = MaskMap(
         lists_ptr, counts_ptr, list_b, list_h, list_row, capacity, words_ptr, word_b, word_h, word_m, word_n
@@ -663,7 +668,7 @@ def _forward_kernel(
         repair(q_desc, k_desc, v_desc, o_desc, bias_desc, lse_ptr, stats_ptr, log_ptr, scale, bufs, work, OPTIONS)
 
 
-def refuses(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n):
+def refuses(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n, key_mask=None):
     """Why the kernel does not serve fused_op with these arguments, or None."""
     (B, H, M, D), (N, DV) = q.shape, v.shape[2:]
     for what, given in (
@@ -679,12 +684,12 @@ def refuses(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, 
             return what
     if DV % 8 or scale < 0.0 and D % 8 or not all(addressable(t) for t in (q, k, v)):
         return "rows that do not begin at 16 bytes"
-    return None if mask is None or mask.dtype == torch.bool else refuses_bias(mask.expand(B, H, M, N), q, v)
+    return None if mask is None or mask.dtype == torch.bool else refuses_bias(mask.expand(B, H, M, N), key_mask, q, v)
 
 
-def refuses_bias(mask, q, v):
-    """Why a floating mask [B, H, M, N], expanded, is not served beside q and v, or None."""
-    if mask.dtype != q.dtype:
+def refuses_bias(mask, key_mask, q, v):
+    """Why a floating mask [B, H, M, N], expanded, and a second one or None are not served beside q and v, or None."""
+    if mask.dtype != q.dtype or key_mask is not None and key_mask.dtype != q.dtype:
         return "a mask of another dtype"
     if max(q.shape[3], v.shape[3]) > 128:
         return "a floating mask beside wide heads"
@@ -702,6 +707,14 @@ def bias_of(mask, rows=ROWS.value):
     return small, tuple(int(stride != 0) for stride in mask.stride()[:3])
 
 
+def keys_of(key_mask, mask):
+    """A second floating mask [B, N], or any other memory, with rows of contiguous numbers, and the step to the next."""
+    if key_mask is None:
+        return mask, 0
+    key_mask = key_mask if key_mask.stride(1) == 1 else key_mask.contiguous()
+    return key_mask, key_mask.stride(0)
+
+
 @functools.lru_cache
 def section_of(heads, row_tiles, processors):
     """How many heads are worked on together: two tiles of queries a multiprocessor, whose keys and values stay in L2;
@@ -710,7 +723,7 @@ def section_of(heads, row_tiles, processors):
     return max(range(few, min(2 * few, heads) + 1), key=lambda size: min((heads - 1) % size + 1, 0.75 * size) / size)
 
 
-def run(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n):
+def run(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n, key_mask=None):
     """(O, lse, no stats), see fused_op; for what is not refused."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
     o, lse = empty_heads(q, B, H, M, DV), q.new_empty(B, H, M, dtype=torch.float32)
@@ -732,10 +745,11 @@ def run(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, bloc
     if mask is not None:
         mask = mask.expand(B, H, M, N)
         if biased:
-            units, (bias, steps) = units_of(mask, always=True), bias_of(mask)
-            word_steps = (*steps, 0)
+            units, (bias, steps) = units_of(mask, key_mask, always=True), bias_of(mask)
+            words, step = keys_of(key_mask, mask)
+            word_steps = (*steps, step)
         else:
-            units, words, word_steps = bits_of(mask)
+            units, words, word_steps = bits_of(mask, key_mask)
         lists, _ = map_of(mask, units, tile, M, N, left, right, nonempty=True)
     launch(
         _forward_kernel, min(items, multiprocessors),
@@ -747,7 +761,7 @@ def run(q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, bloc
         items, row_tiles, B * H, section_of(B * H, row_tiles, multiprocessors) if banded else 1, H, H // Hk, M, N,
         left or 0, right or 0, *lists, words, *word_steps,
         device=q.device, LEFT=left is not None, RIGHT=right is not None, LISTED=mask is not None, BIASED=biased,
-        INNER_MASK=mask is None and masks_inner_tiles(left, right),
+        KEYED=biased and key_mask is not None, INNER_MASK=mask is None and masks_inner_tiles(left, right),
         HALF_FIRST=mask is None and tile.BLOCK_M == tile.BLOCK_N and halves_first_tile(left, right, M, N),
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D,
         STAGES=tile.num_stages, Q_STAGES=2 if tile.BLOCK_D <= (64 if biased else 128) else 1,  # more do not fit

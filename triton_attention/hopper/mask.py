@@ -15,7 +15,8 @@ ROWS = gl.constexpr(64)  # queries of a warpgroup
 
 
 class MaskMap(NamedTuple):
-    """A mask's lists of tiles, see map_of in mask_map.py, and its bits, see words_of."""
+    """A mask's lists of tiles, see map_of in mask_map.py, and its bits, see words_of. Beside a floating one, the steps
+    for b, h and m are those of its tiles, 0 or 1, and words_ptr is a second one of keys, with word_n to the next b."""
 
     lists_ptr: gl.tensor
     counts_ptr: gl.tensor
@@ -113,6 +114,15 @@ def visible_bits(words, tile, layout: gl.constexpr):
     # what differs from thread to thread is shifted once a word; the rest are constants
     keep = ((gl.expand_dims(words, 2) >> (bits & 6)) & (1 << (bits & ~6))) != 0
     return gl.convert_layout(gl.reshape(keep, tile.shape), layout)
+
+
+@gluon.jit
+def add_key_mask(x, off_b, start_n, work, AXIS: gl.constexpr, layout: gl.constexpr):
+    """A tile of a floating mask plus the second one of its keys, which lie along AXIS."""
+    n = start_n + gl.arange(0, x.shape[AXIS], gl.SliceLayout(1 - AXIS, layout))
+    keys_ptr = work.map.words_ptr + off_b.to(gl.int64) * opaque(work.map.word_n)
+    keys = gl.load(keys_ptr + n, mask=n < opaque(work.N), other=0.0).to(gl.float32)
+    return x + gl.expand_dims(keys, 1 - AXIS)
 
 
 @gluon.jit

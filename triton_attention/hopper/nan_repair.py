@@ -21,7 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )
 
-from triton_attention.hopper.mask import ROWS, key_tiles, mask_scores, tile_words, visible_bits, words_of_head
+from triton_attention.hopper.mask import (
+    ROWS, add_key_mask, key_tiles, mask_scores, tile_words, visible_bits, words_of_head,
+)
 from triton_attention.hopper.ptx import ctaid, opaque
 from triton_attention.hopper.tma import load_async, store_async
 from triton_attention.logits import LOG2E
@@ -136,6 +138,8 @@ def _recompute(
                 mbarrier.wait(bufs.full, load_count & 1)
                 load_count += 1
                 bias = bufs.bias.reshape([ROWS, BLOCK_N]).load(s_layout).to(gl.float32)
+                if OPTIONS.KEYED:
+                    bias = add_key_mask(bias, off_b, step * BLOCK_N, work, 1, s_layout)
                 s = mask_scores(gl.fma(s, scale, bias) - lse_2, start_m, step * BLOCK_N, work, LEFT, RIGHT, s_layout)
                 s = gl.where(bias == float("-inf"), bias, s * LOG2E)
             elif OPTIONS.LISTED:
