@@ -13,7 +13,7 @@ from tests.reference import (
 from triton_attention import fused_common
 from triton_attention.dropout import dropout
 from triton_attention.device import INTERPRETED
-from triton_attention_fused import attention_fused, merge_attention
+from triton_attention_fused import attend_under_two_masks, attention_fused, merge_attention
 from triton_attention_layer import attention_staged
 
 # window_size, softcap, with sinks, causal
@@ -253,3 +253,27 @@ def test_a_poisoned_query_reaches_its_row_and_the_keys_it_sees():
     for name, seen in (("output 0", slice(7, 8)), ("gradient of argument 0", slice(7, 8))):
         bad = results[name].isnan().any(-1)[0, 0]
         assert bad[seen].all() and bad.sum() == 1, name
+
+
+@pytest.mark.parametrize("M,N,H,Hk", [(70, 90, 4, 2), (1, 200, 4, 1), (150, 133, 2, 2)])
+@pytest.mark.parametrize("floating", (False, True))
+def test_two_masks(M, N, H, Hk, floating):
+    """A mask and one of keys that are not combined, of the same dtype or not; rows without a key; its gradient."""
+    for i, sizes in enumerate(((1, 1), (2, H))):
+        dtype = (F32, F16, BF16)[(M + i) % 3]
+        q, k, v = randn(2, H, M, 24, dtype=dtype), randn(2, Hk, N, 24, dtype=dtype), randn(2, Hk, N, 16, dtype=dtype)
+        mask = torch.rand(*sizes, M, N, device=DEVICE) > 0.4
+        mask[..., M // 2, :], keys = False, (torch.arange(N, device=DEVICE) % 60 > 17).repeat(2, 1)
+        keys[1, N // 3 :] = False
+        both = mask & keys[:, None, None]
+        if floating:
+            mask = randn(*mask.shape, dtype=dtype).detach().masked_fill(~mask, -INF).requires_grad_()
+            keys = torch.randn(2, N, device=DEVICE).masked_fill(~keys, -INF)
+
+        def two(q, k, v, mask, keys=keys):
+            return attend_under_two_masks(q, k, v, mask, keys, 0.0)
+
+        def one(q, k, v, mask, keys=keys, both=both):
+            return torch_fused(q, k, v, mask + keys[:, None, None].to(mask.dtype) if floating else both)[0]
+
+        compare(two, one, q, k, v, mask)

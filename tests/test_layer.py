@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_attention_layer
 from tests.reference import (
@@ -624,3 +625,36 @@ def test_averaged_weights_of_many_keys():
         for mask in (None, padding):
             for a, b in zip(ours(query, keys, keys, mask), theirs(query, keys, keys, mask), strict=True):
                 assert torch.allclose(a, b, atol=1e-6)
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements that a tensor has had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("floating", (False, True))
+def test_two_masks_are_not_combined(floating):
+    """attn_mask beside key_padding_mask: no [B, 1, L, S], forward and backward."""
+    B, L = 6, 96
+    mine, theirs = pair(16, 2, batch_first=True)
+    x = randn(B, L, 16)
+    attn = torch.ones(L, L, device=DEVICE).triu(1) > 0
+    padding = torch.arange(L, device=DEVICE) >= torch.tensor([96, 70, 50, 33, 20, 1], device=DEVICE)[:, None]
+    if floating:
+        attn, padding = (torch.zeros(m.shape, device=DEVICE).masked_fill(m, -INF) for m in (attn, padding))
+    results = []
+    for layer in (mine, theirs):
+        with _Largest() as seen:
+            out, _ = layer(x, x, x, padding, attn_mask=attn, need_weights=False)
+            results.append((out, *torch.autograd.grad(out.square().sum(), x)))
+        assert layer is theirs or seen.elements < B * L * L
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-4)
