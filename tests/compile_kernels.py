@@ -124,9 +124,10 @@ def innermost_loops(kernel):
 
 
 def spills_where_it_counts(kernel):
-    """Loads and stores that spill within the innermost loops of a Hopper kernel. (What a thread computes once from its
-    number, ptxas may keep in memory while a tile is worked on: a few loads for each tile of queries.)"""
-    return sum(bool(re.search(r"\b(?:STL|LDL)\b", t)) for loop in innermost_loops(kernel) for t in loop)
+    """Loads and stores that spill within the innermost loops of a Hopper kernel that multiply. (What a thread computes
+    once from its number, ptxas may keep in memory while a tile is worked on: a few loads for each tile of queries.)"""
+    loops = (loop for loop in innermost_loops(kernel) if any("HGMMA" in t for t in loop))
+    return sum(bool(re.search(r"\b(?:STL|LDL)\b", t)) for loop in loops for t in loop)
 
 
 def softmax_overlaps(kernel):
@@ -274,11 +275,15 @@ def fused_launches(dtype, D, quick):
         yield f"fused {name}, one query", fused_op, (q[:1, :8, :1], keys, keys, *(None,) * 3, *scalars, *(None,) * 4)
     allowed = torch.ones(1, 1, 256, 256, dtype=torch.bool)
     padding = allowed[:, :, :1].expand(1, 1, 256, 256)
-    kinds = ((None, 0, "causal"), (allowed, None, "mask"), (bias, None, "bias"), (padding, 0, "padding, causal"))
-    for mask, right, kind in kinds[: 4 if not quick else 1 if dtype == torch.float32 else 2 + (D == 64)]:
-        arguments = (q, k, k, mask, None, None, *scalars, None, right, None, None)
+    kinds = (
+        (None, None, 0, "causal"), (allowed, None, None, "mask"), (bias, None, None, "bias"),
+        (padding, None, 0, "padding, causal"), (allowed, torch.ones(8, 256, dtype=torch.bool), None, "two masks"),
+        (bias, q[:, 0, :, 0].contiguous(), None, "two biases"),
+    )
+    for mask, key_mask, right, kind in kinds[: 6 if not quick else 1 if dtype == torch.float32 else 2 + (D == 64)]:
+        arguments = (q, k, k, mask, None, None, *scalars, None, right, None, None, key_mask)
         yield f"fused {name} {kind}", fused_op, arguments
-        arguments = (q, None, q, k, k, mask, None, None, q, lse, stats, *scalars, None, right)
+        arguments = (q, None, q, k, k, mask, None, None, q, lse, stats, *scalars, None, right, key_mask)
         yield f"fused backward {name} {kind}", fused_backward_op, arguments
     if not quick:
         for label, rows, keys in (("few, mask", 8, 256), ("short mask", 256, 128)):  # without lists
@@ -372,11 +377,12 @@ def launches(architecture, quick=False):
                         label = label.replace("fused", "fused backward")
                         yield label, backward.run, (*arguments, None, right)
                 bias = q[:, :, :, :1].expand(1, 2, 256, 256).contiguous()
-                for kind, right in (("bias", None), ("bias, causal", 0))[: 1 if quick else 2]:
-                    arguments = (q, q, q, bias, None, None, *scalars, None, right, None, None)
+                for kind, right in (("bias", None), ("bias, two", None), ("bias, causal", 0))[: 2 if quick else 3]:
+                    key_mask = q[:, 0, :, 0].contiguous() if kind == "bias, two" and D <= forward.MAX_TWO else None
+                    arguments = (q, q, q, bias, None, None, *scalars, None, right, None, None, key_mask)
                     yield f"fused on Hopper bfloat16 D{D} {kind}", forward.run, arguments
                     saved = torch.zeros(1, 2, 256), torch.zeros(1, 2, 256, 2)
-                    arguments = (q, None, q, q, q, bias, None, None, q, *saved, *scalars, None, right)
+                    arguments = (q, None, q, q, q, bias, None, None, q, *saved, *scalars, None, right, key_mask)
                     yield f"fused backward on Hopper bfloat16 D{D} {kind}", backward.run, arguments
             if D <= 128 and not quick:
                 few, label = q[:, :, :128], f"fused on Hopper bfloat16 D{D} causal, few keys"

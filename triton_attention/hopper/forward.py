@@ -60,6 +60,7 @@ K_EMPTY, V_EMPTY = gl.constexpr(8), gl.constexpr(12)  # the first of four named 
 MIN_WORK = 1 << 31  # floating-point operations from which the kernel is worth its descriptors
 MIN_WAVES = 0.48  # tiles of 128 queries a multiprocessor; with fewer, the plain kernel splits the keys
 MAX_HEAD_DIM = 256 if TRITON < (3, 9) else 128  # wider ones with a mask spill with the ptxas of Triton 3.9
+MAX_TWO = 128 if TRITON < (3, 9) else 64  # the same beside two floating masks
 LONG = 2048  # queries and keys from which D up to 64 takes tiles of three warpgroups; twice as many, if causal
 LONG_WAVES = 2  # of those tiles a multiprocessor; with fewer, the longest of them leave most of the GPU idle at the end
 
@@ -691,8 +692,8 @@ def refuses_bias(mask, key_mask, q, v):
     """Why a floating mask [B, H, M, N], expanded, and a second one or None are not served beside q and v, or None."""
     if mask.dtype != q.dtype or key_mask is not None and key_mask.dtype != q.dtype:
         return "a mask of another dtype"
-    if max(q.shape[3], v.shape[3]) > 128:
-        return "a floating mask beside wide heads"
+    if max(q.shape[3], v.shape[3]) > (128 if key_mask is None else MAX_TWO):
+        return "floating masks beside wide heads"
     if mask.shape[3] % 8 or not (mask.stride(2) == 0 and mask.stride(3) == 1 or addressable(once(mask))):
         return "rows of a mask that do not begin at 16 bytes"
     return None
