@@ -46,6 +46,7 @@ from triton_attention.tiles import (
 )
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
+HEAVY = 1 << 25  # bytes of keys and values, from which it pays for few queries too to know which of them a mask hides
 
 
 @triton.jit
@@ -247,7 +248,9 @@ def fused_op(
     splits = count_splits(programs, N, tile.BLOCK_N, q.device)
     chunk = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
     splits = triton.cdiv(N, chunk)
-    lists, listing = map_of(mask, units_of(mask, key_mask), tile, M, N, left, right, chunk=chunk)
+    heavy = M <= FEW_QUERIES and (k.numel() + v.numel()) * k.element_size() >= HEAVY
+    units = units_of(mask, key_mask, always=heavy)
+    lists, listing = map_of(mask, units, tile, M, N, left, right, chunk=chunk)
     q, k, v = in_parts(constants["PRECISION"], q, k, v)
     part, part_stats = o[None], stats
     if splits > 1:

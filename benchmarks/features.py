@@ -31,6 +31,9 @@ class Feature:
     biased: bool = False  # by a bias [1, H, M, N]
     learned: bool = False  # which gets a gradient
     compiled: bool = False  # everybody under torch.compile
+    queries: Callable | None = None  # how many of so many keys; then forward only
+    group: int = 1  # heads of queries that share one of keys
+    batches: int = 1  # times as many
 
 
 def causal(b, m, n, about):
@@ -43,6 +46,14 @@ def padding(b, m, n, about):
 
 def padded_future(b, m, n, about):
     return (n < about["lengths"][b]) & (n <= m)
+
+
+def left_padding(b, m, n, about):
+    return n >= about["S"] - about["lengths"][b]
+
+
+def padded_prompt(b, m, n, about):
+    return (n <= m) & ((n >= about["M"] - about["lengths"][b] * about["M"] // about["S"]) | (n == m))
 
 
 def documents(b, m, n, about):
@@ -61,7 +72,7 @@ def places(about):
 
 def square(visible):
     """A bool [M, N]."""
-    return lambda about: visible(0, places(about)[:, None], places(about)[None, :], about)
+    return lambda about: visible(0, places(about)[:, None], places(about), about)
 
 
 def additive(visible):
@@ -80,7 +91,7 @@ def per_batch(visible, rows):
 
     def tensor(about):
         b = torch.arange(len(about["lengths"]), device=about["lengths"].device)[:, None, None, None]
-        m = places(about)[:, None] if rows else 0
+        m = places(about)[: about["M"], None] if rows else 0
         return visible(b, m, places(about), about)
 
     return tensor
@@ -98,15 +109,31 @@ FEATURES = {
     "half of all pairs": lambda: Feature(scattered, square(scattered)),
     "bias": lambda: Feature(biased=True),
     "bias that learns": lambda: Feature(biased=True, learned=True),
+    "decoding, left padding": lambda: decoding(),
+    "decoding, left padding, compiled": lambda: decoding(compiled=True),
+    "prompt in a static cache": lambda: Feature(
+        padded_prompt, per_batch(padded_prompt, rows=True), queries=lambda S: S // 4, group=4
+    ),
 }
+
+
+def decoding(compiled=False):
+    """One query each, as `generate` of a padded batch calls it."""
+    mask = per_batch(left_padding, rows=False)
+    return Feature(left_padding, mask, compiled=compiled, queries=lambda S: 1, group=4, batches=8)
+
+
 LAYERS = {  # nn.TransformerEncoderLayer in training: {name: what its forward gets}
     "encoder layer": lambda about: {},
     "encoder layer, causal": lambda about: {"src_mask": ~square(causal)(about), "is_causal": True},
     "encoder layer, padding": lambda about: {"src_key_padding_mask": ~per_batch(padding, rows=False)(about)[:, 0, 0]},
+    "encoder layer, causal and padding": lambda about: {
+        "src_mask": ~square(causal)(about), "src_key_padding_mask": ~per_batch(padding, rows=False)(about)[:, 0, 0],
+    },
 }
 
 
-def about_masks(B, S, dtype):
+def about_masks(B, S, dtype, M=None):
     """What masks are made of: the lengths of a batch's sequences and of its documents, half of all pairs drawn."""
     import torch
 
@@ -115,7 +142,8 @@ def about_masks(B, S, dtype):
     lengths = torch.tensor([max(1, int(S * SHARES[b % len(SHARES)])) for b in range(B)], device=DEVICE)
     drawn = torch.rand(S, S, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)) > 0.5
     scattered = drawn.to(torch.uint8)
-    return {"S": S, "dtype": getattr(torch, dtype), "lengths": lengths, "document": S // 6 + 1, "scattered": scattered}
+    about = {"S": S, "M": M or S, "dtype": getattr(torch, dtype), "lengths": lengths}
+    return about | {"document": S // 6 + 1, "scattered": scattered}
 
 
 def visible_pairs(feature, B, about):
@@ -123,9 +151,9 @@ def visible_pairs(feature, B, about):
     if feature.visible is None:
         return B * about["S"] ** 2
     n, step = places(about), providers.CHUNK
+    m = n[: about["M"], None]
     return sum(
-        int(feature.visible(b, n[first : first + step, None], n, about).sum())
-        for b in range(B) for first in range(0, about["S"], step)
+        int((feature.visible(b, rows, n, about) & (rows >= 0)).sum()) for b in range(B) for rows in m.split(step)
     )
 
 
@@ -135,21 +163,24 @@ def visible_pairs(feature, B, about):
 def ours(q, k, v, mask, feature):
     from triton_attention_fused import attention_fused
 
-    return lambda: attention_fused(q, k, v, attn_mask=mask, is_causal=feature.is_causal)
+    gqa = feature.group > 1
+    return lambda: attention_fused(q, k, v, attn_mask=mask, is_causal=feature.is_causal, enable_gqa=gqa)
 
 
 def sdpa(backend, q, k, v, mask, feature):
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    hint = feature.is_causal and mask is None
+    hint, gqa = feature.is_causal and mask is None, feature.group > 1
+    if gqa and backend == "EFFICIENT_ATTENTION":  # which has none: the keys of a group for each of its heads
+        k, v, gqa = k.repeat_interleave(feature.group, 1), v.repeat_interleave(feature.group, 1), False
     if feature.is_causal and mask is not None:  # which SDPA refuses beside a mask: made once, outside the timing
         n = mask.new_ones(q.shape[2], k.shape[2]).tril() > 0
         mask = mask & n
 
     def call():
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=hint)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=hint, enable_gqa=gqa)
 
     return call
 
@@ -162,13 +193,13 @@ def flex(q, k, v, mask, feature, about):
         raise NotImplementedError("compiled for a GPU only")
     block_mask, score_mod = None, None
     if feature.visible is not None:
-        B = q.shape[0] if feature.visible in (padding, padded_future) else None
+        B = q.shape[0] if feature.visible in (padding, padded_future, left_padding, padded_prompt) else None
         mask_mod = lambda b, h, m, n: feature.visible(b, m, n, about)  # noqa: E731
         block_mask = create_block_mask(mask_mod, B, None, q.shape[2], k.shape[2], device=q.device)
     if feature.biased:
         score_mod = lambda s, b, h, m, n: s + mask[0, h, m, n]  # noqa: E731
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, score_mod=score_mod, block_mask=block_mask)
+    return lambda: compiled(q, k, v, score_mod=score_mod, block_mask=block_mask, enable_gqa=feature.group > 1)
 
 
 def exact(q, k, v, bias, g, feature, about):
@@ -177,6 +208,7 @@ def exact(q, k, v, bias, g, feature, about):
 
     wide, out, sums, dbias = torch.promote_types(q.dtype, torch.float32), [], [0, 0], []
     b, n = torch.arange(q.shape[0], device=q.device)[:, None, None, None], places(about)
+    m = n[: q.shape[2], None]
     for first in range(0, q.shape[2], providers.CHUNK):
         rows = slice(first, first + providers.CHUNK)
         leaves = [q[:, :, rows], k, v] + ([bias[:, :, rows]] if feature.learned else [])
@@ -185,7 +217,7 @@ def exact(q, k, v, bias, g, feature, about):
         if feature.biased:
             s = s + (leaves[3] if feature.learned else bias[:, :, rows])
         if feature.visible is not None:
-            s = s.masked_fill(~feature.visible(b, n[rows, None], n, about), -math.inf)
+            s = s.masked_fill(~feature.visible(b, m[rows], n, about), -math.inf)
         o = s.softmax(-1) @ leaves[2]
         if g is None:
             out.append(o)
@@ -209,8 +241,11 @@ def attention(mode, name, B, H, S, D, dtype, seed):
     torch._dynamo.reset()  # past eight shapes dynamo gives up
     torch._functorch.config.donated_buffer = False  # a backward is timed many times over
     feature, bwd = FEATURES[name](), mode == "bwd"
+    M, B = feature.queries(S) if feature.queries else S, B * feature.batches
     q, k, v = providers.inputs(seed, (B, H, S, D), dtype, 3, grad=bwd)
-    about = about_masks(B, S, dtype)
+    if feature.queries:
+        q, k, v = q[:, :, :M].contiguous(), *(t[:, :: feature.group].contiguous() for t in (k, v))
+    about = about_masks(B, S, dtype, M)
     mask = feature.tensor(about) if feature.tensor else None
     if feature.biased:
         (mask,) = providers.inputs(seed + 1, (1, H, S, S), dtype, 1, grad=bwd and feature.learned)
@@ -235,7 +270,7 @@ def attention(mode, name, B, H, S, D, dtype, seed):
         bias = head(mask).to(dtype) if feature.biased else None
         return exact(*(head(t).to(dtype) for t in (q, k, v)), bias, head(g).to(dtype) if bwd else None, feature, about)
 
-    moved = q.element_size() * 4 * B * H * S * D * (2 if bwd else 1)
+    moved = q.element_size() * 2 * (q.numel() + k.numel()) * (2 if bwd else 1)
     if mask is not None:
         moved += mask.numel() * mask.element_size() * (2 if bwd and feature.learned else 1)
     flops = (10 if bwd else 4) * H * visible_pairs(feature, B, about) * D
@@ -294,8 +329,10 @@ def rows(args, interpreted):
         for D in args.head_dim or ([16] if interpreted else [128] if args.quick else [128, 64]):
             B, H = args.batch or (2 if interpreted else 4), args.heads or (2 if interpreted else 16)
             for S in args.seq_lens or [64 if interpreted else 4096]:
-                for name in FEATURES:
-                    shape = f"B{B} H{H} S{S} D{D}"
+                for name, feature in FEATURES.items():
+                    if mode == "bwd" and feature().queries:
+                        continue
+                    shape = f"B{B * feature().batches} H{H} S{S} D{D}"
                     build = functools.partial(attention, mode, name, B, H, S, D, dtype, args.seed)
                     about = {"mode": mode, "same": False, "feature": name, "S": S, "D": D}
                     yield Case("forward" if mode == "fwd" else "backward", f"{shape} {name}", list(PEERS), build, about)

@@ -165,6 +165,68 @@ def test_compile_with_masks(dynamic):
     torch._dynamo.reset()
 
 
+def test_compiled_layer_with_two_masks():
+    """attn_mask beside key_padding_mask, bool and floating, forward and backward, in one graph; and under vmap."""
+    layer = TritonMultiheadAttention(32, 4, batch_first=True, device=DEVICE)
+    compiled = torch.compile(layer, fullgraph=True, backend=BACKEND)
+    x = torch.randn(2, 20, 32, device=DEVICE, requires_grad=True)
+    padding, future = torch.arange(20, device=DEVICE).expand(2, 20) > 14, torch.ones(20, 20, device=DEVICE).triu(1) > 0
+    additive = lambda m: torch.zeros(m.shape, device=DEVICE).masked_fill(m, -INF)  # noqa: E731
+    for pad, attn in ((padding, future), (additive(padding), additive(future))):
+        call = lambda f, x, pad, attn=attn: f(x, x, x, pad, need_weights=False, attn_mask=attn)[0]  # noqa: E731
+        ours, eager = (call(f, x, pad) for f in (compiled, layer))
+        assert (ours - eager).abs().max() < 1e-5
+        a, b = (torch.autograd.grad(o.square().sum(), x)[0] for o in (ours, eager))
+        assert (a - b).abs().max() < 1e-4
+        each = torch.func.vmap(lambda x, p, call=call: call(layer, x[None], p[None])[0])(x, pad)
+        assert (each - eager).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ("llama", "bert"))
+def test_hugging_face_models_compile_once(name):
+    """Padding on the left, or the right, and lengths that change: one graph, our kernels, the answers of SDPA."""
+    transformers = pytest.importorskip("transformers")
+
+    def attend(module, q, k, v, mask, scaling=None, dropout=0.0, **_):
+        return attention_fused(q, k, v, mask, dropout, False, scaling, True).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("triton", attend)
+    transformers.AttentionMaskInterface.register("triton", transformers.masking_utils.sdpa_mask)
+    sizes = {"vocab_size": 99, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2}
+    models = []
+    for kind in ("triton", "sdpa"):
+        torch.manual_seed(0)
+        options = sizes | {"num_attention_heads": 4, "attn_implementation": kind}
+        if name == "llama":
+            model = transformers.LlamaModel(transformers.LlamaConfig(**options, num_key_value_heads=2, use_cache=False))
+        else:
+            model = transformers.BertModel(transformers.BertConfig(**options))
+        models.append(model.to(DEVICE).eval())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(models[0], dynamic=True, backend="eager" if INTERPRETED else "inductor")
+    for length in (24, 40, 33):
+        ids = torch.randint(1, 99, (2, length), device=DEVICE)
+        place = torch.arange(length, device=DEVICE)
+        padded = torch.stack([place >= 0, place >= 7 if name == "llama" else place < length - 7])
+        calls = [f(ids, attention_mask=padded.long()).last_hidden_state[padded] for f in (compiled, models[1])]
+        assert (calls[0] - calls[1]).abs().max() < 1e-4
+        grads = [
+            torch.autograd.grad(call.sin().sum(), model.get_input_embeddings().weight)[0]
+            for call, model in zip(calls, models, strict=True)
+        ]
+        assert (grads[0] - grads[1]).abs().max() < 1e-3 * grads[1].abs().max()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    if not INTERPRETED:
+        with torch.profiler.profile() as profile:
+            compiled(ids, attention_mask=padded.long()).last_hidden_state.sum().backward()
+            torch.cuda.synchronize()
+        kernels = {event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA}
+        assert {"_fwd_kernel", "_dq_kernel", "_dkdv_kernel"} <= kernels, kernels
+        assert not any(word in kernel for kernel in kernels for word in ("flash", "fmha", "sdpa")), kernels
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("shape", ["full", "padding", "column"])
 @pytest.mark.parametrize("name", ATTENTION)
 def test_compiled_lengths_share_a_graph(name, shape):
