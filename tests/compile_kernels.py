@@ -147,15 +147,17 @@ def softmax_overlaps(kernel):
     return bool(shares) and min(shares) >= (0.75 if kernel.metadata.name == "_backward_kernel" else 0.45)
 
 
-def synchronizes(kernel):
+def synchronizes(kernel, one_buffer):
     """Whether a barrier of all consumer warps in the Hopper backward stands between dS, once it is fenced, and dQ,
-    which reads what all of them stored (Triton's); and before dK and dV overwrite K and V (the kernel's)."""
+    which reads what all of them stored (Triton's); before the next dS, if it has the same buffer, and before dK and dV
+    overwrite K and V (the kernel's)."""
     steps = {"stmatrix": "S", "fence.proxy.async.shared": "F", "sync": "B", "wgmma.mma_async": "W"}
     step = r"\b(stmatrix|fence\.proxy\.async\.shared|wgmma\.mma_async)|\bbar(?:rier)?\.(?:cta\.)?(sync)\s+0"
     blocks = re.split(r"^\$L\w+:", kernel.asm["ptx"], flags=re.M)  # from a label to the next
     orders = ["".join(steps[a or b] for a, b in re.findall(step, block)) for block in blocks]
     last = [order for order in orders if re.search("S+F", order)]
-    return any(re.search("SW+FB+W", order) for order in orders) and all(re.search("BS+F", order) for order in last)
+    stored = "BS+W+FB+W" if one_buffer else "SW+FB+W"
+    return any(re.search(stored, order) for order in orders) and all(re.search("BS+F", order) for order in last)
 
 
 def halves(operand, known):
@@ -465,7 +467,7 @@ def rows(name, quick):
                 problems.append("the exponentials do not overlap a product")
             if name_of_kernel in ("_forward_kernel", "_backward_kernel") and re.search(OWN_BARRIERS, kernel.asm["ptx"]):
                 problems.append("Triton has taken a named barrier of the kernel's own")
-            if name_of_kernel == "_backward_kernel" and not synchronizes(kernel):
+            if name_of_kernel == "_backward_kernel" and not synchronizes(kernel, "D64 bias" in label):
                 problems.append("a barrier is missing")
             if "wgmma" in kernel.asm.get("ptx", ""):
                 if strays := stray(kernel):

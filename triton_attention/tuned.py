@@ -69,7 +69,7 @@ TILES = {
     ("fused hopper, biased", "sm_90", 16, 128, None): Tile(128, 128, 128, 4, 2, registers=240),
     ("fused backward hopper", "sm_90", 16, 64, None): Tile(128, 128, 64, 8, 2, SPAN=2, registers=240),
     ("fused backward hopper", "sm_90", 16, 128, None): Tile(64, 128, 128, 8, 3, SPAN=1, registers=240),
-    ("fused backward hopper, biased", "sm_90", 16, 64, None): Tile(64, 128, 128, 8, 2, SPAN=1, registers=240),
+    ("fused backward hopper, biased", "sm_90", 16, 64, None): Tile(128, 128, 64, 8, 2, SPAN=1, registers=240),
     ("fused backward hopper, biased", "sm_90", 16, 128, None): Tile(64, 128, 128, 8, 2, SPAN=1, registers=240),
     ("fused dq", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.68
     ("fused dq", "sm_90", 16, 64, True): Tile(64, 64, 64, 4, 3, registers=168),

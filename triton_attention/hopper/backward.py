@@ -559,7 +559,9 @@ def _consumer(buffers, stages, bias, ds_bufs, dq_stages, scale_2, scheduler, wor
             mbarrier.wait(q_full, (step_count + 1) // STAGES & 1, pred=step + 1 < steps)  # mutate: wait-q
             dp = warpgroup_mma_wait(0, [dp_token])
             ds = (p * dp).to(dtype)
-            ds_buf = ds_bufs.index(step_count % 2)
+            ds_buf = ds_bufs.index(step_count % ds_bufs.shape[0])
+            if ds_bufs.shape[0] == 1:
+                barrier()  # all have read the last dS
             ds_buf.store(ds)
             dv_token = warpgroup_mma(p_16, do, dv, is_async=True)
             fence_async_shared()
@@ -606,7 +608,8 @@ def _backward_kernel(
     STATS: gl.constexpr = 4 if BIASED else 2
     stats_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, STATS * BLOCK_M], stats_desc.layout)
     tiles = gl.allocate_shared_memory(gl.int32, [3 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    ds_bufs = gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_M], ds_layout)
+    DS_BUFFERS: gl.constexpr = 1 if BIASED and BLOCK_M == 128 else 2  # two do not fit beside a tile of the bias
+    ds_bufs = gl.allocate_shared_memory(dtype, [DS_BUFFERS, BLOCK_N, BLOCK_M], ds_layout)
     dq_bufs = gl.allocate_shared_memory(gl.float32, [DQ_STAGES, 64, 128], dq_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
