@@ -30,7 +30,7 @@ TAKES = {  # kind: its inputs; its options
     "staged": ("q k v mask", "causal bias mask dropout scale same need_weights"),
     "fused": ("q k v mask sinks", "causal bias mask dropout scale same window softcap sinks lse block"),
     "merge": ("q k v mask", "mask scale softcap same"),
-    "layer": ("q k v mask parameters", "mask dropout same biased weights"),
+    "layer": ("q k v mask parameters", "mask dropout same biased weights padding"),
 }
 OPTIONS = {  # the first is what a kind has that does not take the option
     "causal": (False, False, True),
@@ -47,6 +47,7 @@ OPTIONS = {  # the first is what a kind has that does not take the option
     "biased": (True, True, False),
     "weights": (None, "averaged", "of heads"),
     "need_weights": (True, True, False),
+    "padding": (None, None, "bool", "float"),  # a second mask, beside one that is not of keys
 }
 MASK_SHAPES = ("BHMN", "11MN", "11MN", "B11N", "111N", "1HM1", "1111", "MN", "N", "HMN")
 MASK_LAYOUTS = ("plain", "columns", "every other", "sliced", "bnhd")
@@ -119,6 +120,8 @@ def possible(c):
         c.wants = [name for name in c.wants if name != "mask"]  # along the keys a constant changes nothing
     if c.bias:
         c.mask = None
+    if not c.mask or c.mask_shape in ("B11N", "111N", "N"):
+        c.padding = None
     if not c.mask:
         c.mask_shape = c.mask_layout = c.forbids = c.fill = None
     if c.mode == "compiled":
@@ -280,6 +283,8 @@ def visible(c, mask):
     """[B, H, M, N]: which keys a query sees, by the reference: those with a share of equal scores."""
     zeros = torch.zeros(c.B, c.H, max(c.M, c.N), c.N, device=DEVICE)
     keep = mask if mask is None or mask.dtype == torch.bool else mask != -INF
+    if c.padding:
+        keep = keep & ~padding_of(c)[:, None, None]
     equal = Call(**{**vars(c), "kind": "fused", "softcap": 0.0})
     v = torch.eye(c.N, device=DEVICE).expand(c.B, c.H, c.N, c.N)
     return reference(equal, None, zeros[:, :, : c.M], zeros[:, :, : c.N], v, keep)[0] > 0
@@ -379,6 +384,16 @@ def halves(c, k, v, mask):
         yield k[:, :, part], v[:, :, part], mask[..., part] if along_keys else mask
 
 
+def padding_of(c):
+    """Which keys a second mask hides, [B, N]: the last, of each batch element some more, and one of every eleven."""
+    b, n = torch.arange(c.B, device=DEVICE)[:, None], torch.arange(c.N, device=DEVICE)
+    return (n >= (c.N - 13 * b - c.seed % 29).clamp(min=1)) | (n % 11 == 3)
+
+
+def additive(hidden, dtype):
+    return torch.zeros(hidden.shape, dtype=dtype, device=DEVICE).masked_fill(hidden, -INF)
+
+
 def layer_of(c):
     return TritonMultiheadAttention(
         c.H * c.D, c.H, c.dropout, c.biased, batch_first=True, device=DEVICE, dtype=c.dtype, num_kv_heads=c.Hk
@@ -395,6 +410,9 @@ def layer(c, module, mask, q, k=None, v=None, **parameters):
             options["attn_mask"] = mask.reshape(c.M, c.N)
         else:
             options["attn_mask"] = mask.expand(c.B, c.H, c.M, c.N).flatten(0, 1)
+    if c.padding:
+        hidden = padding_of(c)
+        options["key_padding_mask"] = hidden if c.padding == "bool" else additive(hidden, c.dtype)
     out = torch.func.functional_call(module, parameters, everywhere(q, k, v), options)
     return out if c.weights else out[:1]
 
@@ -406,6 +424,9 @@ def torch_layer(c, keep, q, k, v, mask, **parameters):
     biases = (None,) * 3 if bias is None else bias.split([E, kv, kv])
     q, k, v = (F.linear(t, w, b) for t, w, b in zip((q, k, v), weights, biases, strict=True))
     q, k, v = (t.unflatten(2, (-1, c.D)).transpose(1, 2) for t in (q, k, v))
+    if c.padding:
+        hidden = padding_of(c)[:, None, None]
+        mask = mask & ~hidden if mask.dtype == torch.bool else mask + additive(hidden, mask.dtype)
     out, probs = torch_staged(q, k, v, mask, keep=keep)
     out = F.linear(out.transpose(1, 2).flatten(2), parameters["out_proj.weight"], parameters.get("out_proj.bias"))
     return (out, probs.mean(1) if c.weights == "averaged" else probs)[: 2 if c.weights else 1]

@@ -10,8 +10,8 @@
 
 The units are classified in one pass over the mask, with its dimensions of size 1 as they are. Lists are made of them
 for the tiles of each kernel, where a causal bound or a window hides more. A causal mask that comes as a tensor costs
-what is_causal costs, padding what the keys that are not padded cost, documents what their blocks cost. A second mask [B, N],
-of keys alone, has its part in units and bits; that of all queries is not made for every batch element.
+what is_causal costs, padding what the keys that are not padded cost, documents what their blocks cost. A second mask,
+[B, N] of keys alone, has its part in units and bits: the one of all queries is not made for every batch element.
 
 Block-sparse masks: Dong et al., "FlexAttention", 2024, whose BlockMask has two lists too.
 """
