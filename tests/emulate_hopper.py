@@ -231,10 +231,11 @@ def check(source=None, only=None, **case):
 
 
 def check_attention(
-    source=None, back=False, keys=420, hidden=None, infinite=False, kind=None, biased=False, keyed=False, **options,
+    source=None, back=False, keys=420, hidden=None, infinite=False, kind=None, biased=False, keyed=False, shift=0.0,
+    **options,
 ):
     """Of a case with every kind of edge. hidden: what stands in keys and values that no query sees; infinite: the last
-    keys, which come first, score -inf."""
+    keys, which come first, score -inf; shift: what is added to all scores, if so there is a value of NaN too."""
     torch.manual_seed(0)
     D = 72 if back and options.get("block_m") == 64 else 40
     q, k, v = (torch.randn(1, *shape, D, requires_grad=back) for shape in ((4, 300), (2, keys), (2, keys)))
@@ -247,7 +248,13 @@ def check_attention(
             options["key_mask"], bounds["mask"] = padding, combined(options["mask"], padding)
     if infinite:
         q[..., 0], k[:, :, 200:, 0] = q[..., 0].abs() + 0.5, -torch.inf
+    if shift:
+        q[..., 0], k[..., 0] = 5 * shift, 1.0
     expected = exact(q, k, v, 0.2, **bounds)
+    if shift:
+        v[:, :, 70] = torch.nan
+        sees = bounds["mask"][..., 70:71] > -torch.inf
+        expected = expected[0].masked_fill(sees, torch.nan), expected[1]
     if hidden is not None:
         n, left, right = torch.arange(keys), bounds["left"], bounds["right"]
         unseen = (n < (left or 0)) | (n > (keys if right is None else 299 + right)) | (kind == "keys") & (n >= 130)
@@ -258,7 +265,7 @@ def check_attention(
         *results, log = forward(q, hide(k), hide(v), 0.2, source=source, **options)
         banded, programs = any(bound is not None for bound in bounds.values()), options.get("programs", 2)
         # but 0 * inf in rows past the last query
-        needless = banded and not infinite and hidden is None and (log[-programs:, 0] > 0).any()
+        needless = banded and not (infinite or shift) and hidden is None and (log[-programs:, 0] > 0).any()
         assert not needless, "a needless repair"
     else:
         do, dlse = torch.randn(1, 4, 300, D), torch.randn(1, 4, 300).masked_fill(expected[1] == -torch.inf, 0.0)
@@ -266,7 +273,8 @@ def check_attention(
         results = backward(q.detach(), hide(k), hide(v), do, poisoned, 0.2, source=source, **options)
         lse = expected[1].masked_fill(expected[1] == -torch.inf, 0.0)
         expected += torch.autograd.grad((expected[0], lse), (q, k, v), (do, dlse))
-    return all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results, expected, strict=True))
+    near = {"atol": 1e-4, "equal_nan": bool(shift)}
+    return all(torch.allclose(a, b, **near) for a, b in zip(results, expected, strict=True))
 
 
 MASKED = [
@@ -277,6 +285,8 @@ MASKED = [
     {"kind": "heads", "keyed": True, "biased": True, "right": 0, "hidden": torch.nan},
     {"back": True, "kind": "causal", "keyed": True, "right": 40}, {"back": True, "kind": "heads", "keyed": True},
     {"back": True, "kind": "heads", "keyed": True, "biased": True, "block_m": 64, "right": 0},
+    {"kind": "causal", "biased": True, "shift": 150.0}, {"kind": "causal", "biased": True, "shift": -150.0},
+    {"kind": "heads", "biased": True, "infinite": True}, {"kind": "causal", "biased": True, "infinite": True},
     {"kind": "heads", "biased": True}, {"kind": "keys", "biased": True, "right": 0}, {"kind": "causal", "biased": True},
     {"kind": "heads", "biased": True, "left": -60, "right": 10, "block_d": 128, "keys": 416},
     {"kind": "heads", "biased": True, "hidden": torch.nan, "right": -70, "programs": 1},

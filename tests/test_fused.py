@@ -277,3 +277,15 @@ def test_two_masks(M, N, H, Hk, floating):
             return torch_fused(q, k, v, mask + keys[:, None, None].to(mask.dtype) if floating else both)[0]
 
         compare(two, one, q, k, v, mask)
+
+
+def test_row_that_has_seen_nothing_and_a_tile_of_infinite_scores():
+    """In 16 bits beside a floating mask, where log2(e) times the lowest maximum would be -inf."""
+    for dtype in (F16, BF16, F32):
+        q, k, v = randn(1, 1, 64, 32, dtype=dtype).detach().abs(), *randn(2, 1, 1, 256, 32, dtype=dtype).detach()
+        k[:, :, 128:, 0] = -INF
+        bias = torch.zeros(1, 1, 64, 256, dtype=dtype, device=DEVICE)
+        bias[..., 5, :128] = -INF
+        q.requires_grad_(), v.requires_grad_()
+        compare(lambda q, v, k=k, m=bias: fused(q, k.to(q.dtype), v, m.to(q.dtype)),
+                lambda q, v, k=k, m=bias: torch_fused(q, k.to(q.dtype), v, m.to(q.dtype)), q, v)

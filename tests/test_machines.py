@@ -429,6 +429,20 @@ def test_hopper_protocol_bugs_are_noticed(bug):
     assert emulate_hopper.notices(bug)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernel itself")
+def test_hopper_row_that_has_seen_nothing():
+    """A query that a floating mask has hidden all keys from so far, and a plain tile in which all score -inf."""
+    q, k, v = torch.randn(1, 1, 128, 40).abs(), torch.randn(1, 1, 256, 40), torch.randn(1, 1, 256, 40)
+    k[:, :, 128:, 0] = -INF
+    bias = torch.zeros(1, 1, 128, 256)
+    bias[..., 5, :128] = -INF
+    o, lse, _ = emulate_hopper.forward(q, k, v, 0.2, mask=bias)
+    expected = torch_fused(q, k, v, bias, scale=0.2)
+    assert lse[0, 0, 5] == -INF
+    for ours, theirs in zip((o, lse), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 def test_hopper_marks():
     """The lines that the kernels mark are those in which bugs are planted."""
     for path in (emulate_hopper.FORWARD, emulate_hopper.BACKWARD, emulate_hopper.SCORES, emulate_hopper.VALUES):

@@ -90,6 +90,7 @@ def test_lists_of_parts_of_the_keys():
 
 SHAPES = [
     (B, H, 70, 300), (1, H, 1, 300), (B, 1, 70, 1), (1, 1, 300, 70), (B, 1, 1, 130), (B, 1, 1, 256), (B, 1, 130, 33),
+    (1, 1, 70, 64),
 ]
 
 
@@ -100,6 +101,8 @@ def test_bits(shape, share):
     torch.manual_seed(0)
     mask = torch.rand(shape, device=DEVICE) < share
     mask[..., :64, :64] = True
+    if share == 0.5:
+        mask = mask.mT.contiguous().mT  # as triu().transpose() makes one
     m_size, n_size = 70 if shape[2] == 1 else shape[2], 130 if shape[3] == 1 else shape[3]
     mask = mask.expand(B, H, m_size, n_size)
     m, n = torch.arange(m_size, device=DEVICE)[:, None], torch.arange(n_size, device=DEVICE)
@@ -112,6 +115,27 @@ def test_bits(shape, share):
             assert torch.equal((words_of_head >> bit) & 1 > 0, mask[b, h])
         sizes = [1 if size == 1 else None for size in shape]
         assert torch.equal(units[:, :, : sizes[2], : sizes[3]], units_of(mask))
+
+
+@pytest.mark.parametrize("floating", (False, True))
+@pytest.mark.parametrize("N", (96, 61))
+def test_units_and_bits_of_two_masks(N, floating):
+    """A mask of all queries and one of keys, also as a transposed or expanded one, have the units and bits of both."""
+    torch.manual_seed(0)
+    mask = (torch.rand(N, 70, device=DEVICE) < 0.6).mT[None, None]
+    for keys in ((torch.rand(N, B, device=DEVICE) < 0.6).mT, (torch.arange(N, device=DEVICE) < 40)[None].expand(B, N)):
+        both = (mask & keys[:, None, None]).expand(B, H, 70, N)
+        if floating:
+            additive = [torch.zeros(m.shape, device=DEVICE).masked_fill(~m, float("-inf")) for m in (mask, keys)]
+            assert torch.equal(units_of(additive[0].expand(B, H, 70, N), additive[1]), units_of(both)[:, :1])
+            continue
+        assert torch.equal(units_of(mask.expand(B, H, 70, N), keys), units_of(both)[:, :1])
+        for transposed in (False, True):
+            units, words, steps = bits_of(mask.expand(B, H, 70, N), keys, transposed=transposed)
+            expected, words_of_both, _ = bits_of(both.contiguous(), transposed=transposed)
+            assert torch.equal(units, expected[:, :1]) and steps[1] == 0
+            written = 3 if transposed else 4  # words of 70 queries, and of all keys
+            assert torch.equal(words[:, :, :written, :N], words_of_both[:, :1, :written, :N])
 
 
 @pytest.mark.parametrize("heads", (1, H))

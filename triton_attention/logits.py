@@ -256,8 +256,9 @@ def exponential(x, raw, top, scale, MASKED: tl.constexpr, OPTIONS: tl.constexpr)
         return tl.exp2(x * (scale * LOG2E) - top * LOG2E)
     elif OPTIONS.HAS_BIAS and OPTIONS.EXACT:
         return tl.exp(x - top)
-    elif OPTIONS.HAS_BIAS:  # a row with a tile of zeros in its mask has no maximum of -1e9 that needs the difference
-        return exp(x - top) if MASKED else tl.exp2(x * LOG2E - top * LOG2E)
+    elif OPTIONS.HAS_BIAS:  # a row with a tile of zeros in its mask has no maximum of -1e9 that needs the difference;
+        # but the lowest of all, if its scores are -inf, of which log2(e) times as much would be -inf too
+        return exp(x - top) if MASKED else tl.exp2(x * LOG2E - tl.maximum(top, -2.3e38) * LOG2E)
     else:
         factor = tl.full(raw.shape, OPTIONS.SOFTCAP, raw.dtype) if OPTIONS.SOFTCAP > 0.0 else scale
         p = tl.exp(tl.fma(raw, factor, -top))

@@ -273,7 +273,7 @@ def bits_of(mask, keys=None, *, transposed=False):
 def _in_fours(mask, width):
     """A bool mask whose rows are `width` contiguous bytes, each from a multiple of four on; itself if they are."""
     fours = mask.stride(-1) == 1 and all(s % 4 == 0 for s in (mask.data_ptr(), mask.shape[-1], *mask.stride()[:-1]))
-    return mask if fours else torch.nn.functional.pad(mask, (0, width - mask.shape[-1]))
+    return mask if fours else torch.nn.functional.pad(mask, (0, width - mask.shape[-1])).contiguous()
 
 
 def _unit_strides(units):

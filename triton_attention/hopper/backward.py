@@ -674,6 +674,7 @@ def refuses(
         ("a scale of 0", scale == 0.0),
         ("too little work to be worth the descriptors", 10 * B * H * M * N * D < max(MIN_WORK, 1)),
         ("too few tiles to share the work well", B * Hk * triton.cdiv(N, BLOCK_N.value) < min_tiles),
+        ("more tiles of keys than 16 bits count", mask is not None and N > BLOCK_N.value << 15),
     ):
         if given:
             return what

@@ -534,7 +534,8 @@ def _consumer(output, bias, scale, pipe, work, OPTIONS: gl.constexpr, WARPGROUP:
             if BIASED:
                 if partial:
                     s = s - broadcast_rows(m_i, s)
-                factor, top = factor * LOG2E, m_i * gl.where(partial, 0.0, LOG2E)
+                # finite, also where all scores so far are -inf
+                factor, top = factor * LOG2E, gl.maximum(m_i, 0.69 * LOWEST) * gl.where(partial, 0.0, LOG2E)
             if OPTIONS.WARPGROUPS == 2:
                 s_0, s_1 = split_columns(s)
                 p_0 = exponentials(s_0, top, factor)

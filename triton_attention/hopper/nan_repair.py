@@ -140,15 +140,17 @@ def _recompute(
                 bias = bufs.bias.reshape([ROWS, BLOCK_N]).load(s_layout).to(gl.float32)
                 if OPTIONS.KEYED:
                     bias = add_key_mask(bias, off_b, step * BLOCK_N, work, 1, s_layout)
-                s = mask_scores(gl.fma(s, scale, bias) - lse_2, start_m, step * BLOCK_N, work, LEFT, RIGHT, s_layout)
-                s = gl.where(bias == float("-inf"), bias, s * LOG2E)
+                if part % 3 == 0:
+                    s = (gl.fma(s, scale, bias) - lse_2) * LOG2E
+                s = gl.where(bias == float("-inf"), bias, s)
+                s = mask_scores(s, start_m, step * BLOCK_N, work, LEFT, RIGHT, s_layout)
             elif OPTIONS.LISTED:
                 words = tile_words(words_ptr, start_m, step * BLOCK_N, step >= 0, zeros, work, LEFT, RIGHT)
                 s = gl.where(visible_bits(words, zeros, s_layout), s, float("-inf"))
             else:
                 s = mask_scores(s, start_m, step * BLOCK_N, work, LEFT, RIGHT, s_layout)
             p = gl.exp2(s)
-            if OPTIONS.BIASED:
+            if OPTIONS.BIASED and part % 3 == 0:
                 p = p * inverse
             p = p.to(dtype)
             acc = warpgroup_mma_wait(0, [warpgroup_mma(gl.convert_layout(p, p_layout), v_part, acc, is_async=True)])
