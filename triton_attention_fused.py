@@ -46,7 +46,7 @@ from triton_attention.tiles import (
 )
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
-HEAVY = 1 << 25  # bytes of keys and values, from which it pays for few queries too to know which of them a mask hides
+HEAVY = 1 << 27  # bytes of keys and values, from which it pays for few queries too to know which of them a mask hides
 
 
 @triton.jit
