@@ -32,7 +32,7 @@ from triton_attention.dropout import draw_seed
 from triton_attention.float32 import in_parts, load_rows, product, rows_dot, signed, whole
 from triton_attention.fused_backward import fused_backward_op
 from triton_attention.fused_bias import fused_bias_gradient_op
-from triton_attention.fused_common import FEW_QUERIES, fused_arguments, of_keys, paired
+from triton_attention.fused_common import FEW_QUERIES, fused_arguments, paired
 from triton_attention.launch import empty_heads, launch, strided
 from triton_attention.logits import (
     Band, Options, exponential, key_range, listed, listed_tile, load_mask, logits, lowest, start_of, steps, store_pair,
@@ -257,7 +257,7 @@ def fused_op(
         part, part_stats = lse.new_empty(splits, *o.shape), lse.new_empty(splits, *lse.shape, 2)
     launch(
         _fwd_kernel, splits * programs,
-        *strided(q, k, v, mask), *of_keys(key_mask), *lists, sinks, *sinks_strides,
+        *strided(q, k, v, mask), *strided(key_mask, dims=2), *lists, sinks, *sinks_strides,
         part, *part.stride(), lse, part_stats, seed, *scalars, H, H // Hk, M, N, left or 0, right or 0, chunk,
         **constants, **listing, HAS_KEYS=key_mask is not None, HAS_SINKS=sinks is not None, SPLIT=splits > 1,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, FEW=tile.BLOCK_M if INTERPRETED else 16,

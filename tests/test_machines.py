@@ -20,7 +20,7 @@ from tests.reference import (
     torch_fused, torch_scores, torch_staged, torch_values,
 )
 from triton_attention import device, replay
-from triton_attention.hopper import forward
+from triton_attention.hopper import backward, forward
 from triton_attention.operators import hopper_kernels
 from triton_attention_fused import attention_fused
 from triton_attention_layer import TritonMultiheadAttention, attention_staged
@@ -429,6 +429,16 @@ def test_hopper_protocol_bugs_are_noticed(bug):
     assert emulate_hopper.notices(bug)
 
 
+def test_hopper_orders_have_16_bits(monkeypatch):
+    """Beside a mask the backward kernel refuses more tiles of keys than the order of one can say."""
+    monkeypatch.setattr(backward, "processors", lambda device: 132)
+    for N, refused in ((1 << 22, False), ((1 << 22) + 128, True)):
+        q, k = (torch.empty(1, 1, n, 64, dtype=BF16, device="meta") for n in (256, N))
+        mask = torch.empty(1, 1, 1, N, dtype=torch.bool, device="meta")
+        why = backward.refuses(q, None, q, k, k, mask, None, None, q, None, None, 0.1, 0.0, 0.0, None, None)
+        assert (why == "more tiles of keys than 16 bits count") == refused, why
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernel itself")
 def test_hopper_row_that_has_seen_nothing():
     """A query that a floating mask has hidden all keys from so far, and a plain tile in which all score -inf."""
@@ -496,23 +506,29 @@ def test_hopper_repair(left, right, block_m, block_d):
     assert torch.allclose(o, expected, atol=1e-5, equal_nan=True) and torch.allclose(lse, expected_lse)
 
 
-@pytest.mark.skipif(hopper_kernels("forward", DEVICE) is None, reason="needs a Hopper GPU")
-@pytest.mark.parametrize(
-    "D,Dv,long", [(64, 64, 4096), (64, 64, 0), (128, 128, 4096), (40, 64, 4096), (96, 8, 4096), (256, 160, 4096)]
-)
-def test_gpu_fused_hopper(D, Dv, long, monkeypatch):
-    used = []
-    for name in ("LONG", "LONG_WAVES"):
-        monkeypatch.setattr(hopper_kernels("forward", DEVICE), name, long)
+@pytest.fixture
+def used(monkeypatch):
+    """The Hopper kernels of attention that were called, which serve any size here, without replays."""
+    calls = []
     for name in ("forward", "backward"):
         kernels = hopper_kernels(name, DEVICE)
         monkeypatch.setattr(kernels, "MIN_WORK", 0)
         monkeypatch.setattr(kernels, "MIN_WAVES", 0)
         run = kernels.run
-        monkeypatch.setattr(kernels, "run", lambda *args, name=name, run=run: used.append(name) or run(*args))
+        monkeypatch.setattr(kernels, "run", lambda *args, name=name, run=run: calls.append(name) or run(*args))
     monkeypatch.setattr(replay, "_records", {})
     programs = itertools.cycle((132, 1, 3))  # with few, each takes several tiles of keys
     monkeypatch.setattr(hopper_kernels("backward", DEVICE), "processors", lambda device: next(programs))
+    return calls
+
+
+@pytest.mark.skipif(hopper_kernels("forward", DEVICE) is None, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    "D,Dv,long", [(64, 64, 4096), (64, 64, 0), (128, 128, 4096), (40, 64, 4096), (96, 8, 4096), (256, 160, 4096)]
+)
+def test_gpu_fused_hopper(D, Dv, long, used, monkeypatch):
+    for name in ("LONG", "LONG_WAVES"):
+        monkeypatch.setattr(hopper_kernels("forward", DEVICE), name, long)
     everywhere = (-1, -1)
     windows = [(everywhere, False), (everywhere, True), ((100, 0), False), ((-1, 30), False), ((64, -1), True)]
     for i, (M, N) in enumerate([(128, 128), (300, 777), (777, 300), (17, 64), (1500, 1500)]):
@@ -545,19 +561,9 @@ def test_gpu_fused_hopper(D, Dv, long, monkeypatch):
 @pytest.mark.skipif(hopper_kernels("forward", DEVICE) is None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("kind", ("heads", "causal", "keys", "queries"))
 @pytest.mark.parametrize("D,biased", ((64, False), (128, False), (256, False), (64, True), (128, True)))
-def test_gpu_fused_hopper_masks(D, biased, kind, monkeypatch):
+def test_gpu_fused_hopper_masks(D, biased, kind, used):
     """Lists of tiles and bits, or a bias: with bounds beside them, grouped heads, two batch elements that are not
     alike; bitwise the same each time; and NaN in keys that nobody sees."""
-    used = []
-    for name in ("forward", "backward"):
-        kernels = hopper_kernels(name, DEVICE)
-        monkeypatch.setattr(kernels, "MIN_WORK", 0)
-        monkeypatch.setattr(kernels, "MIN_WAVES", 0)
-        run = kernels.run
-        monkeypatch.setattr(kernels, "run", lambda *args, name=name, run=run: used.append(name) or run(*args))
-    monkeypatch.setattr(replay, "_records", {})
-    programs = itertools.cycle((132, 1, 3))
-    monkeypatch.setattr(hopper_kernels("backward", DEVICE), "processors", lambda device: next(programs))
     widest = {"forward": forward.MAX_HEAD_DIM, "backward": 128}
     for i, (M, N) in enumerate([(128, 128), (300, 777), (777, 300), (100, 64), (1500, 1500)]):
         mask, dtype = emulate_hopper.drawn_mask(kind, M, N, biased).to(DEVICE), (F16, BF16)[i % 2]

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from triton_attention.float32 import in_parts, load_rows, map_finite, product, rows_dot, signed, whole
-from triton_attention.fused_common import FEW_QUERIES, fused_arguments, of_keys
+from triton_attention.fused_common import FEW_QUERIES, fused_arguments
 from triton_attention.launch import launch, strided
 from triton_attention.logits import (
     Band, Options, exponential, key_range, listed, listed_tile, load_mask, load_pair, logits, query_range, start_of,
@@ -372,7 +372,8 @@ def fused_backward_op(
     lists, listing = map_of(mask, units, tile, M, N, left, right)
     launch(
         _dq_kernel, B * H * triton.cdiv(M, tile.BLOCK_M),
-        *strided(do, q, k, v, o, mask), *of_keys(key_mask), *lists, sinks, 0 if sinks is None else sinks.stride(0),
+        *strided(do, q, k, v, o, mask), *strided(key_mask, dims=2), *lists,
+        sinks, 0 if sinks is None else sinks.stride(0),
         lse, stats, dlse, record, *strided(dq),
         seed, *scalars, H, H // Hk, M, N, left or 0, right or 0,
         **constants, **listing, HAS_KEYS=key_mask is not None, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None,
@@ -382,7 +383,7 @@ def fused_backward_op(
     lists, listing = map_of(mask, units, tile, M, N, left, right, transposed=True, group=H // Hk)
     launch(
         _dkdv_kernel, B * Hk * triton.cdiv(N, tile.BLOCK_N),
-        *strided(do, q, k, v, mask), *of_keys(key_mask), *lists, record, *strided(dk, dv),
+        *strided(do, q, k, v, mask), *strided(key_mask, dims=2), *lists, record, *strided(dk, dv),
         seed, *scalars, H, M, N, left or 0, right or 0,
         GROUP=H // Hk, **constants, **listing, HAS_KEYS=key_mask is not None,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile, q.device),

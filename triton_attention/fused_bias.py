@@ -13,7 +13,7 @@ import triton.language as tl
 
 from triton_attention.float32 import in_parts, load_rows, rows_dot, signed
 from triton_attention.fused_backward import dscores, load_record, probs
-from triton_attention.fused_common import fused_arguments, of_keys
+from triton_attention.fused_common import fused_arguments
 from triton_attention.launch import launch, strided
 from triton_attention.logits import Band, Options, load_mask
 from triton_attention.operators import define_op
@@ -116,7 +116,7 @@ def fused_bias_gradient_op(
     sums = [size == 1 for size in shape]
     launch(
         _dbias_kernel, shape[0] * shape[1] * triton.cdiv(shape[2], tile.BLOCK_M) * triton.cdiv(shape[3], tile.BLOCK_N),
-        *strided(do, q, k, v, mask), *of_keys(key_mask), record, *strided(dbias),
+        *strided(do, q, k, v, mask), *strided(key_mask, dims=2), record, *strided(dbias),
         seed, *scalars, B, H, H // Hk, M, N, left or 0, right or 0, *shape[1:],
         **constants, ALIGNED=N % 16 == 0 and mask.stride(3) == 1, HAS_KEYS=key_mask is not None,
         SUM_B=sums[0], SUM_H=sums[1], SUM_M=sums[2], SUM_N=sums[3],

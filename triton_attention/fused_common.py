@@ -59,8 +59,3 @@ def fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right):
     if constants["PRECISION"] == "bf16x6" and max(D, DV) <= 128 and q.shape[2] > FEW_QUERIES:
         constants["PRECISION"] = "parts"
     return q, v, scalars, constants
-
-
-def of_keys(key_mask):
-    """A second mask [B, N], or None, and its strides."""
-    return (key_mask, 0, 0) if key_mask is None else (key_mask, *key_mask.stride())

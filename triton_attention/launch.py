@@ -37,9 +37,9 @@ if hasattr(os, "register_at_fork"):  # a child has only the thread that forked: 
     )
 
 
-def strided(*tensors):
-    """Tensors [B, H, M, D] as a kernel takes them: each with its four strides; None has zeros."""
-    return [x for t in tensors for x in ((None, 0, 0, 0, 0) if t is None else (t, *t.stride()))]
+def strided(*tensors, dims=4):
+    """Tensors [B, H, M, D], or of other dims, as a kernel takes them: each with its strides; None has zeros."""
+    return [x for t in tensors for x in ((None, *(0,) * dims) if t is None else (t, *t.stride()))]
 
 
 def launch(kernel, programs, *args, device=None, **constants):

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from triton_attention.device import INTERPRETED
-from triton_attention.launch import launch
+from triton_attention.launch import launch, strided
 from triton_attention.logits import add_keys, load_keys
 from triton_attention.tiles import head_ptr, load_tile, split_program
 
@@ -232,7 +232,7 @@ def units_of(mask, keys=None, *, always=False):
     units = torch.empty(b, h, triton.cdiv(M, UNIT), triton.cdiv(N, UNIT), dtype=torch.int8, device=mask.device)
     launch(
         _classify_kernel, b * h * units.shape[2] * triton.cdiv(units.shape[3], WIDTH),
-        mask, *mask.stride(), keys, *(keys.stride() if keys is not None else (0, 0)), units, h, M, N,
+        *strided(mask), *strided(keys, dims=2), units, h, M, N,
         IS_BOOL=mask.dtype == torch.bool, HAS_KEYS=keys is not None, UNIT=UNIT, WIDTH=WIDTH, num_warps=4,
     )
     return units
