@@ -32,10 +32,11 @@ from triton_attention.dropout import draw_seed
 from triton_attention.float32 import in_parts, load_rows, product, rows_dot, signed, whole
 from triton_attention.fused_backward import fused_backward_op
 from triton_attention.fused_bias import fused_bias_gradient_op
-from triton_attention.fused_common import FEW_QUERIES, fused_arguments, paired
+from triton_attention.fused_common import FEW_QUERIES, fused_arguments, paired, tiles_of
 from triton_attention.launch import empty_heads, launch, strided
 from triton_attention.logits import (
     Band, Options, exponential, key_range, listed, listed_tile, load_mask, logits, lowest, start_of, steps, store_pair,
+    trimmed,
 )
 from triton_attention.mask_map import map_of, units_of
 from triton_attention.merge import count_splits, merge_attention, merge_splits  # noqa: F401  public here
@@ -46,7 +47,6 @@ from triton_attention.tiles import (
 )
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
-HEAVY = 1 << 27  # bytes of keys and values, from which it pays for few queries too to know which of them a mask hides
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def _fwd_kernel(
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ONE_ROW: tl.constexpr, ALIGNED: tl.constexpr, LISTED: tl.constexpr, NARROW: tl.constexpr, HAS_KEYS: tl.constexpr,
-    FEW: tl.constexpr,
+    TRIMMED: tl.constexpr, FEW: tl.constexpr,
 ):
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
@@ -164,6 +164,8 @@ def _fwd_kernel(
         l_i = tl.where(split == 0, tl.exp(sinks - m_i), l_i)
 
     last_n = tl.minimum(first_n + chunk, N)
+    if TRIMMED:
+        first_n, last_n = trimmed(first_n, last_n, offs_m, band, OPTIONS)
     bounds = key_range(start_m, first_n, last_n, band, OPTIONS)
     list_strides = (stride_lb, stride_lh, stride_lm)
     visits = listed(bounds, lists_ptr, counts_ptr, list_strides, capacity, off_b, off_h, row_tile, split, OPTIONS)
@@ -242,14 +244,14 @@ def fused_op(
     sinks_strides = (0, 0) if sinks is None else (sinks.stride(0), sinks.stride(1) if sinks.dim() == 2 else 0)
     q, v, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     width = max(constants["D"], constants["DV"])
-    op = ("fused few" if M <= FEW_QUERIES else "fused") + ("" if mask is None else ", masked")
+    few = M <= FEW_QUERIES
+    op = tiles_of("fused few" if few else "fused", mask, key_mask)
     tile = tile_for(op, q.dtype, width, right is not None, q.device, block_m, block_n)
     programs = B * H * triton.cdiv(M, tile.BLOCK_M)
     splits = count_splits(programs, N, tile.BLOCK_N, q.device)
     chunk = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
     splits = triton.cdiv(N, chunk)
-    heavy = M <= FEW_QUERIES and (k.numel() + v.numel()) * k.element_size() >= HEAVY
-    units = units_of(mask, key_mask, always=heavy)
+    units = None if few else units_of(mask, key_mask)
     lists, listing = map_of(mask, units, tile, M, N, left, right, chunk=chunk)
     q, k, v = in_parts(constants["PRECISION"], q, k, v)
     part, part_stats = o[None], stats
@@ -260,7 +262,8 @@ def fused_op(
         *strided(q, k, v, mask), *strided(key_mask, dims=2), *lists, sinks, *sinks_strides,
         part, *part.stride(), lse, part_stats, seed, *scalars, H, H // Hk, M, N, left or 0, right or 0, chunk,
         **constants, **listing, HAS_KEYS=key_mask is not None, HAS_SINKS=sinks is not None, SPLIT=splits > 1,
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, FEW=tile.BLOCK_M if INTERPRETED else 16,
+        TRIMMED=few and mask is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        FEW=tile.BLOCK_M if INTERPRETED else 16,
         **compile_options(tile, q.device),
     )
     if splits > 1:
@@ -271,6 +274,23 @@ def fused_op(
     return outputs
 
 
+def _save(ctx, inputs, output):
+    q, k, v, mask, sinks, seed, *ctx.options, key_mask = inputs
+    ctx.save_for_backward(q, k, v, mask, sinks, seed, *output, key_mask)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do, dlse):
+    *saved, key_mask = ctx.saved_tensors
+    _, _, _, mask, sinks, _, o, _, _ = saved
+    if do is None and dlse is None:
+        return (None,) * 14
+    do = torch.zeros_like(o) if do is None else do.to(o.dtype)
+    needs = (mask is not None and ctx.needs_input_grad[3], sinks is not None and ctx.needs_input_grad[4])
+    grads = differentiate(FusedBackward, do, dlse, *saved, *ctx.options[:5], *needs, key_mask)
+    return *grads, *(None,) * 9
+
+
 class Fused(Function):
     """(O, lse, stats); the arguments are those of fused_op."""
 
@@ -278,21 +298,12 @@ class Fused(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, mask, sinks, seed, *ctx.options, key_mask = inputs
-        ctx.save_for_backward(q, k, v, mask, sinks, seed, *output, key_mask)
+        _save(ctx, inputs, output)
         ctx.mark_non_differentiable(output[2])
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, do, dlse, _):
-        *saved, key_mask = ctx.saved_tensors
-        _, _, _, mask, sinks, _, o, _, _ = saved
-        if do is None and dlse is None:
-            return (None,) * 14
-        do = torch.zeros_like(o) if do is None else do.to(o.dtype)
-        needs = (mask is not None and ctx.needs_input_grad[3], sinks is not None and ctx.needs_input_grad[4])
-        grads = differentiate(FusedBackward, do, dlse, *saved, *ctx.options[:5], *needs, key_mask)
-        return *grads, *(None,) * 9
+        return _backward(ctx, do, dlse)
 
     @staticmethod
     def vmap(info, in_dims, q, k, v, mask, sinks, seed, *options):
@@ -300,6 +311,19 @@ class Fused(Function):
             return _one_by_one(Fused, info, in_dims, q, k, v, mask, sinks, seed, *options)
         outs = differentiate(Fused, *fold(info, in_dims, q, k, v, mask), None, None, *options)
         return tuple(unfold(info, out) for out in outs), (0, 0, 0)
+
+
+class FusedOutput(Fused):
+    """Fused, where nobody asks for lse: torch.compile would fill a gradient of it with zeros in each backward pass."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx, do, *_):
+        return _backward(ctx, do, None)
 
 
 class FusedBackward(Function):
@@ -408,8 +432,9 @@ def attention_fused(
     check_sinks(sinks, H, q.device)
     block_m, block_n = check_blocks(block_m=block_m, block_n=block_n)
     seed = draw_seed(q) if dropout_p > 0.0 else None
+    function = Fused if return_lse else FusedOutput
     o, lse, _ = differentiate(
-        Fused, q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n, None
+        function, q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, block_m, block_n, None
     )
     return (o, lse) if return_lse else o
 
@@ -422,7 +447,7 @@ def attend_under_two_masks(q, k, v, mask, key_mask, dropout_p):
     seed = draw_seed(q) if dropout_p > 0.0 else None
     scale, softcap, sinks, left, right = q.shape[3] ** -0.5, 0.0, None, None, None
     return differentiate(
-        Fused, q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, *TUNED, key_mask
+        FusedOutput, q, k, v, mask, sinks, seed, scale, softcap, dropout_p, left, right, *TUNED, key_mask
     )[0]
 
 

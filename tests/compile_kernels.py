@@ -274,7 +274,9 @@ def fused_launches(dtype, D, quick):
     q = q.contiguous()
     k, keys, scalars = q[:, ::4].contiguous(), q[:1, :8].repeat(1, 1, 64, 1), (0.1, 0.0, 0.0)
     if not quick or (dtype, D) == (torch.bfloat16, 128):
-        yield f"fused {name}, one query", fused_op, (q[:1, :8, :1], keys, keys, *(None,) * 3, *scalars, *(None,) * 4)
+        one, seen = q[:1, :8, :1], torch.ones(1, 1, 1, keys.shape[2], dtype=torch.bool)
+        for kind, mask in (("one query", None), ("one query, padding", seen)):
+            yield f"fused {name}, {kind}", fused_op, (one, keys, keys, mask, None, None, *scalars, *(None,) * 4)
     allowed = torch.ones(1, 1, 256, 256, dtype=torch.bool)
     padding = allowed[:, :, :1].expand(1, 1, 256, 256)
     kinds = (

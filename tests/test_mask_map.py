@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from tests.reference import BF16, DEVICE, F32, INF, NAN, compare, randn, torch_fused
+import triton
+import triton.language as tl
+
 from triton_attention import mask_map, tuned
+from triton_attention.launch import launch
+from triton_attention.logits import Band, Options, trimmed
 from triton_attention.mask_map import bits_of, map_of, orders_of, units_of
+from triton_attention.tiles import Matrix
 from triton_attention_fused import attention_fused
 
 B, H, M, N = 2, 4, 100, 150
@@ -167,6 +173,49 @@ def test_masks_are_read_once():
     assert counts.numel() == 2 * B * 4 and strides == [4, 0, 1]
     (lists, counts, *strides, capacity), _ = lists_of(MASKS["causal"](), tile, M, N, None, None)
     assert counts.numel() == 2 * 4 and strides == [0, 0, 1]
+
+
+@triton.jit(do_not_specialize=["first", "last"])
+def _trim_kernel(
+    out_ptr, mask_ptr, stride_m, stride_n, keys_ptr, M, N, first, last,
+    IS_BOOL: tl.constexpr, ONE_ROW: tl.constexpr, HAS_KEYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    OPTIONS: tl.constexpr = Options(
+        16, 16, 1, False, False, IS_BOOL, not IS_BOOL, 0.0, True, False, False, False, True, "ieee",
+        BLOCK_M, BLOCK_N, 16, 16, ONE_ROW, False, False, BLOCK_N, HAS_KEYS,
+    )
+    band = Band(0, 0, Matrix(mask_ptr, (stride_m, stride_n), (M, N)), (keys_ptr, N, 1, tl.program_id(0)))
+    first, last = trimmed(first, last, tl.arange(0, BLOCK_M), band, OPTIONS)
+    tl.store(out_ptr, first)
+    tl.store(out_ptr + 1, last)
+
+
+@pytest.mark.parametrize("floating", (False, True))
+@pytest.mark.parametrize("rows", (1, 5))
+@pytest.mark.parametrize(
+    "spans", ([(0, 2500)], [(700, 701)], [(310, 400), (1500, 2490)], [(0, 200), (2499, 2500)], []), ids=str
+)
+def test_few_queries_visit_what_a_mask_leaves(spans, rows, floating):
+    """From the tile of the first key that one of them sees to the last such key, of a part of the keys."""
+    N, block = 2500, 32
+    mask, keys = (torch.zeros(r, N, dtype=torch.bool, device=DEVICE) for r in (rows, 1))
+    for i, (start, end) in enumerate(spans):
+        mask[(rows - 1) * (i % 2), start:end] = True
+    keys[0, 17:2450] = True
+    for (first, last), two in itertools.product(((0, N), (320, 1984), (640, 768)), (False, True)):
+        sees = mask.any(0) & (keys[0] if two else True)
+        places = sees[first:last].nonzero().flatten().tolist()
+        given = [torch.zeros(t.shape, device=DEVICE).masked_fill(~t, -INF) if floating else t for t in (mask, keys)]
+        out = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+        launch(
+            _trim_kernel, 1, out, given[0], N, 1, given[1], rows, N, first, last,
+            IS_BOOL=not floating, ONE_ROW=rows == 1, HAS_KEYS=two, BLOCK_M=16, BLOCK_N=block,
+        )
+        start, end = out.tolist()
+        if not places:
+            assert start == end
+        else:
+            assert (start, end) == (first + places[0] // block * block, first + places[-1] + 1)
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window_size": (20, 5)}], ids=str)

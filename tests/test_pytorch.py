@@ -117,7 +117,8 @@ def test_opcheck():
             (fused_bias_gradient_op, (q, *saved[:4], seed, record, [1, 4, 5, 7], F32, *options)),
         ]
     for op, args in cases:
-        torch.library.opcheck(op.op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
+        checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+        torch.library.opcheck(op.overload, args, test_utils=checks)
 
 
 BACKEND = "aot_eager" if INTERPRETED else "inductor"

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from triton_attention.float32 import in_parts, load_rows, map_finite, product, rows_dot, signed, whole
-from triton_attention.fused_common import FEW_QUERIES, fused_arguments
+from triton_attention.fused_common import FEW_QUERIES, fused_arguments, tiles_of
 from triton_attention.launch import launch, strided
 from triton_attention.logits import (
     Band, Options, exponential, key_range, listed, listed_tile, load_mask, load_pair, logits, query_range, start_of,
@@ -363,12 +363,14 @@ def fused_backward_op(
     lse, stats = lse.contiguous(), stats.contiguous()  # which vmap may have expanded
     dlse = None if dlse is None else dlse.contiguous()
     q, v, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
-    width, variant = max(constants["D"], constants["DV"]), "" if mask is None else ", masked"
-    variant = ", few" if M <= FEW_QUERIES else variant
+    width = max(constants["D"], constants["DV"])
+    op_dq, op_dkdv = (
+        f"{op}, few" if M <= FEW_QUERIES else tiles_of(op, mask, key_mask) for op in ("fused dq", "fused dkdv")
+    )
     dtype = q.dtype
     do, q, k, v = in_parts(constants["PRECISION"], do, q, k, v)
     units = units_of(mask, key_mask)
-    tile = tile_for(f"fused dq{variant}", dtype, width, right is not None, q.device)
+    tile = tile_for(op_dq, dtype, width, right is not None, q.device)
     lists, listing = map_of(mask, units, tile, M, N, left, right)
     launch(
         _dq_kernel, B * H * triton.cdiv(M, tile.BLOCK_M),
@@ -379,7 +381,7 @@ def fused_backward_op(
         **constants, **listing, HAS_KEYS=key_mask is not None, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile, q.device),
     )
-    tile = tile_for(f"fused dkdv{variant}", dtype, width, right is not None, q.device)
+    tile = tile_for(op_dkdv, dtype, width, right is not None, q.device)
     lists, listing = map_of(mask, units, tile, M, N, left, right, transposed=True, group=H // Hk)
     launch(
         _dkdv_kernel, B * Hk * triton.cdiv(N, tile.BLOCK_N),

@@ -19,6 +19,11 @@ def paired(q, mask):
     return exact(q.dtype) or (mask is not None and mask.dtype != torch.bool)
 
 
+def tiles_of(op, mask, key_mask):
+    """The name of an op in the table of tiles beside these masks."""
+    return op if mask is None else f"{op}, masked" if key_mask is None else f"{op}, masked, two"
+
+
 def misplaced(v):
     """Whether the kernels must not multiply by a V of fewer than 64 columns: where its tile is not loaded ahead, it
     lies where K's did, and the ptxas of Triton 3.6 makes its wgmma descriptors of a register that holds something else.

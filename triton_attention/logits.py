@@ -93,6 +93,25 @@ def query_range(start_n, M, band, OPTIONS: tl.constexpr):
     return begin, full_begin, full_end, end
 
 
+@triton.jit
+def trimmed(first_n, last_n, offs_m, band, OPTIONS: tl.constexpr):
+    """(first_n, last_n) without the tiles at either end that the mask hides from all of a few queries. Padding is at an
+    end: to look at the mask once more, as wide as it comes, is sooner done than lists of tiles are."""
+    WIDTH: tl.constexpr = 1024 if OPTIONS.ONE_ROW else 256
+    first, last = last_n, first_n
+    for start_n in range(first_n, last_n, WIDTH):
+        offs_n = start_n + tl.arange(0, WIDTH)
+        mask = load_mask(band, offs_m, offs_n, 0, True, OPTIONS)
+        seen = mask.to(tl.int1) if OPTIONS.HAS_MASK else mask != float("-inf")
+        seen = seen & (offs_n < last_n)[None, :]
+        if not OPTIONS.ONE_ROW:
+            seen = seen & (offs_m < band.mask.shape[0])[:, None]
+        first = tl.minimum(first, tl.min(tl.min(tl.where(seen, offs_n[None, :], last_n), 0), 0))
+        last = tl.maximum(last, tl.max(tl.max(tl.where(seen, offs_n[None, :] + 1, first_n), 0), 0))
+    first = first_n + (first - first_n) // OPTIONS.BLOCK_N * OPTIONS.BLOCK_N
+    return first, tl.maximum(first, last)
+
+
 class Visits(NamedTuple):
     """The tiles that a block visits: those within `bounds` (see key_range), or if LISTED those of its list: `plains` of
     them from the front, where everything is visible, `partials` from the back."""

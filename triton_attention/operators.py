@@ -10,6 +10,7 @@ import importlib
 
 import torch
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch._library.autograd import Info, make_autograd_impl
 
 from triton_attention.device import DEVICE, INTERPRETED, architecture
 from triton_attention.replay import recording, stand_in
@@ -24,6 +25,7 @@ _WATCHED = {"Python", "PythonTLSSnapshot"}  # those of a thread whose launcher i
 _NO_TENSORS = {type(None), bool, int, float, str, torch.dtype}
 _kinds = {}  # keys as a number -> "plain", "watched" or "other"
 _keys_of, _keys_of_thread = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
+_library = torch.library.Library("triton_attention", "FRAGMENT")
 
 
 def _kind(keys):
@@ -105,9 +107,11 @@ def define_op(name, fake, wide=(), hopper=None):
     plain eager call goes past 35 us of dispatching to the kernels for this GPU or to the launcher, and soon past those
     too (replay.py).
 
-    To torch.compile an operator is opaque, a `custom_op`, and decides in compiled code as an eager call does. Inductor
-    has no way into Gluon; and the kernels that it can look into it compiles anew, with what it knows of them: without a
-    limit to registers, and with products that read memory which is not theirs.
+    To torch.compile an operator is opaque, and decides in compiled code as an eager call does. Inductor has no way into
+    Gluon; and the kernels that it can look into it compiles anew, with what it knows of them: without a limit to
+    registers, and with products that read memory which is not theirs. It is defined as torch.library.custom_op defines
+    one, but for what that does in each call, which is half of the host's time for a short one: a call without a
+    gradient goes from the dispatcher to the launcher, not through it once more.
     """
 
     def decorate(launcher):
@@ -133,16 +137,27 @@ def define_op(name, fake, wide=(), hopper=None):
         def dispatched(*args):
             return launcher(*args) if must_dispatch(args) else repeated(*args)  # what jvp has to see, still does
 
-        op = torch.library.custom_op(f"triton_attention::{name}", dispatched, mutates_args=())
-        op.register_fake(fake)
-
+        schema = torch.library.infer_schema(launcher, mutates_args=())
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"triton_attention::{name}", fake, lib=_library)
         overload = getattr(torch.ops.triton_attention, name).default  # which Dynamo knows wherever it comes from
+        derivative = Info(None, None)
+        differentiable = make_autograd_impl(overload, derivative)
+
+        @torch.compiler.disable
+        def above_autograd(keyset, *args):
+            if must_dispatch(args) or asks_gradient(args):
+                return differentiable(keyset, *args)
+            return repeated(*args)
+
+        _library.impl(name, above_autograd, "Autograd", with_keyset=True)
+        _library.impl(name, torch.compiler.disable(dispatched), "CompositeExplicitAutograd")
 
         @functools.wraps(launcher)
         def call(*args):
             return overload(*args) if must_dispatch(args) else repeated(*args)
 
-        call.op = op
+        call.overload, call.derivative = overload, derivative
         return call
 
     return decorate
@@ -165,10 +180,10 @@ class Function(torch.autograd.Function):
             return cls.apply(*args)
 
         cls.node = staticmethod(lambda *args: node(*args))
-        if cls.op is not None:
+        if "op" in vars(cls):
             if "forward" not in vars(cls):
                 cls.forward = staticmethod(cls.op)
-            cls.op.op.register_autograd(cls.backward, setup_context=cls.setup_context)
+            cls.op.derivative._backward_fn, cls.op.derivative._setup_context_fn = cls.backward, cls.setup_context
 
     @classmethod
     def vmap(cls, info, in_dims, *args):

@@ -23,14 +23,15 @@ def places_of(arch):
 def _tuned(op, arch, bits, head_dim, causal):
     """The table's row for the smallest head dim that holds ours, the widest one past the table's end: of several, one
     for this GPU before one for any, and before it one for this GPU from some Triton on. An op named "op, variant" takes
-    the row of "op" where there is none of the variant.
+    the row of "op" where there is none of the variant, and "op, variant, more" first that of "op, variant".
     """
-    names, found = (op, op.split(",")[0]), []
+    parts, found = op.split(", "), []
+    names = [", ".join(parts[:i]) for i in range(1, len(parts) + 1)]
     places = places_of(arch)
     for i, ((name, where, row_bits, dim, row_causal), tile) in enumerate(tuned.TILES.items()):
         if name in names and where in places and row_bits == bits and row_causal in (causal, None):
             fit = -dim if dim >= head_dim else dim - (1 << 30)
-            found.append((fit, places.index(where), name == op, i, tile))
+            found.append((fit, places.index(where), names.index(name), i, tile))
     if not found:
         raise KeyError(f"no tile for {op}, {bits} bits")
     return max(found)[-1]

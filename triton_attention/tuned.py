@@ -55,6 +55,8 @@ TILES = {
     ("dscores", "sm_90", 16, 128, None): Tile(64, 64, 128, 4, 2, SPAN=16),  # 1.52
     ("fused", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.66
     ("fused, masked", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),
+    ("fused, masked", "sm_90", 16, 64, True): Tile(128, 64, 64, 8, 3, registers=128, narrow=16),
+    ("fused, masked, two", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128, narrow=32),
     ("fused, masked", "sm_90, triton 3.8", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128, narrow=16),
     ("fused", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),  # 1.18
     ("fused", "sm_90", 16, 256, None): Tile(128, 32, 256, 8, 2, registers=255),
@@ -74,6 +76,7 @@ TILES = {
     ("fused dq", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.68
     ("fused dq", "sm_90", 16, 64, True): Tile(64, 64, 64, 4, 3, registers=168),
     ("fused dq, masked", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 3, registers=168),
+    ("fused dq, masked, two", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 3, registers=168, narrow=32),
     ("fused dq", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),  # 1.34
     ("fused dq, masked", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255, narrow=32),
     ("fused dq", "sm_90", 16, 256, None): Tile(32, 64, 256, 8, 1, registers=255),
@@ -93,6 +96,7 @@ TILES = {
     ("fused dkdv", "sm_90", 32, 64, None): Tile(32, 128, 64, 8, 2, registers=255),
     ("fused dkdv", "sm_90", 32, 128, None): Tile(32, 32, 128, 8, 2, registers=255),
     ("fused dkdv, masked", "sm_90", 32, 128, None): Tile(32, 16, 128, 8, 2, registers=255),
+    ("fused dkdv, masked, two", "sm_90", 32, 128, None): Tile(32, 16, 128, 8, 1, registers=255),
     ("fused dq, few", "sm_90", 32, 64, None): Tile(32, 32, 64, 8, 1, registers=255),
     ("fused dq, few", "sm_90", 32, 128, None): Tile(32, 32, 128, 8, 1, registers=255),
     ("fused dq, few", "sm_90, triton 3.9", 32, 64, None): Tile(16, 32, 64, 8, 1, registers=255),
