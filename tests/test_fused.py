@@ -114,6 +114,17 @@ def test_few_queries_split_the_keys(M, N, heads):
     assert (o == 0).all() and (lse == -INF).all()
 
 
+@pytest.mark.parametrize("M", [5, 40])
+def test_gradients_of_a_projection_are_columns_again(M):
+    """In the memory order of what they are gradients of, so that the view of heads costs no copy on the way back."""
+    projected = [randn(2, n, h * 16) for n, h in ((M, 4), (70, 2), (70, 2))]
+    q, k, v = (t.unflatten(2, (-1, 16)).transpose(1, 2) for t in projected)
+    grads = torch.autograd.grad(fused(q, k, v)[0].sum(), (q, k, v))
+    assert all(grad.transpose(1, 2).is_contiguous() for grad in grads)
+    grads = torch.autograd.grad(fused(*(t.contiguous() for t in (q, k, v)))[0].sum(), (q, k, v))
+    assert all(grad.is_contiguous() for grad in grads)
+
+
 @pytest.mark.parametrize("dropout_p", [0.2, 0.7, 1.0])
 def test_dropout_is_that_of_the_stages(dropout_p):
     q, k, v, bias = (randn(2, 4, 50, 16), *(randn(2, 2, 70, 16) for _ in range(2)), randn(50, 70))

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from triton_attention.float32 import in_parts, load_rows, map_finite, product, rows_dot, signed, whole
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments, tiles_of
-from triton_attention.launch import launch, strided
+from triton_attention.launch import empty_heads, launch, strided
 from triton_attention.logits import (
     Band, Options, exponential, key_range, listed, listed_tile, load_mask, load_pair, logits, query_range, start_of,
     steps, store_pair,
@@ -342,7 +342,7 @@ def _dkdv_kernel(
 
 
 def _fused_gradients(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lse.new_empty(*lse.shape, 4)
+    return *(empty_heads(t, *t.shape) for t in (q, k, v)), lse.new_empty(*lse.shape, 4)
 
 
 @define_op("fused_backward", fake=_fused_gradients, wide=(3,), hopper="backward")

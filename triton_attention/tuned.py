@@ -58,6 +58,7 @@ TILES = {
     ("fused, masked", "sm_90", 16, 64, True): Tile(128, 64, 64, 8, 3, registers=128, narrow=16),
     ("fused, masked, two", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128, narrow=32),
     ("fused, masked", "sm_90, triton 3.8", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128, narrow=16),
+    ("fused, masked, two", "sm_90, triton 3.8", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128, narrow=32),
     ("fused", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),  # 1.18
     ("fused", "sm_90", 16, 256, None): Tile(128, 32, 256, 8, 2, registers=255),
     ("fused, masked", "sm_90", 16, 256, None): Tile(128, 32, 256, 8, 2, registers=255, narrow=16),
@@ -97,6 +98,7 @@ TILES = {
     ("fused dkdv", "sm_90", 32, 128, None): Tile(32, 32, 128, 8, 2, registers=255),
     ("fused dkdv, masked", "sm_90", 32, 128, None): Tile(32, 16, 128, 8, 2, registers=255),
     ("fused dkdv, masked, two", "sm_90", 32, 128, None): Tile(32, 16, 128, 8, 1, registers=255),
+    ("fused dkdv, masked, two", "sm_90, triton 3.8", 32, 128, None): Tile(32, 16, 128, 8, 1, registers=255),
     ("fused dq, few", "sm_90", 32, 64, None): Tile(32, 32, 64, 8, 1, registers=255),
     ("fused dq, few", "sm_90", 32, 128, None): Tile(32, 32, 128, 8, 1, registers=255),
     ("fused dq, few", "sm_90, triton 3.9", 32, 64, None): Tile(16, 32, 64, 8, 1, registers=255),
@@ -145,6 +147,7 @@ TILES = {
     ("fused dkdv", "any", 64, 64, None): Tile(16, 16, 64, 8, 1, registers=255),
     ("fused dbias", "any", 16, 256, None): Tile(16, 32, 256, 8, 1, registers=255),
     ("fused dq", "sm_120, triton 3.8", 32, 64, None): Tile(16, 64, 64, 8, 1, registers=255),
+    ("fused dq, masked, two", "sm_100, triton 3.8", 32, 64, None): Tile(16, 32, 64, 8, 2, registers=255),
     ("fused dbias", "sm_100, triton 3.8", 32, 64, None): Tile(16, 64, 64, 8, 1, registers=255),
     ("fused dbias", "sm_100, triton 3.8", 32, 128, None): Tile(16, 32, 128, 4, 1, registers=255),
     ("fused dbias", "sm_120, triton 3.8", 32, 128, None): Tile(16, 32, 128, 4, 1, registers=255),

@@ -47,7 +47,7 @@ from triton_attention.hopper.ptx import (
     semaphore_wait, uniform,
 )
 from triton_attention.hopper.tma import add_async, addressable, load_async, row_descriptor, store_async, tile_descriptor
-from triton_attention.launch import launch
+from triton_attention.launch import empty_heads, launch
 from triton_attention.logits import LN2, LOG2E
 from triton_attention.mask_map import bits_of, map_of, orders_of, units_of
 from triton_attention.tile_choice import tile_for
@@ -688,7 +688,7 @@ def run(
 ):
     """(dQ, dK, dV, record), see fused_backward_op; for what is not refused."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
-    dq, dk, dv, record = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lse.new_empty(*lse.shape, 4)
+    dq, dk, dv, record = *(empty_heads(t, *t.shape) for t in (q, k, v)), lse.new_empty(*lse.shape, 4)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()  # which vmap may have expanded
     biased = mask is not None and mask.dtype != torch.bool
     op = "fused backward hopper, biased" if biased else "fused backward hopper"
