@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from triton_attention import operators
+from triton_attention import operators, replay
 from triton_attention.device import DEVICE, INTERPRETED
 from triton_attention_fused import attention_fused
 from triton_attention_layer import attention_staged
@@ -221,6 +221,7 @@ def T(*shape, dtype=F32):
 def hopper_kernels(choice):
     """Inside, on a Hopper GPU, its kernels run "always" (wherever they can, small cases too), "never", or "auto"."""
     with pytest.MonkeyPatch.context() as patch:
+        replay._records.clear()  # of launches of the other kernels
         if choice == "never":
             patch.setattr(operators, "_import", lambda module: None)
         if choice == "always":
@@ -230,6 +231,7 @@ def hopper_kernels(choice):
                     if hasattr(kernels, limit):
                         patch.setattr(kernels, limit, 0)
         yield
+        replay._records.clear()
 
 
 def run_python(code, **env):

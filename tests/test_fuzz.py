@@ -1,9 +1,12 @@
-"""The fuzzer itself: it passes what is right, notices what is not, and a wrong call's line draws that call again."""
+"""The fuzzer itself: it passes what is right, notices what is not, and a wrong call's line draws that call again.
+And the script of repeats."""
 
 import re
 import shlex
 
-from tests import fuzz, fuzz_calls
+import pytest
+
+from tests import fuzz, fuzz_calls, repeat
 from tests.reference import run_python
 
 
@@ -33,7 +36,15 @@ def test_a_planted_fault_is_noticed_and_its_line_repeats_it(capsys, monkeypatch)
     assert run(capsys, *shlex.split(command)[3:])[0] == 0
 
 
-def test_help_needs_no_torch():
-    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['fuzz', '--help']\n"
-    result = run_python(code + "runpy.run_module('tests.fuzz', run_name='__main__')")
-    assert result.returncode == 0 and "--minutes" in result.stdout, result.stderr
+@pytest.mark.parametrize("script,option", (("fuzz", "--minutes"), ("repeat", "--runs")))
+def test_help_needs_no_torch(script, option):
+    code = f"import runpy, sys; sys.modules['torch'] = None; sys.argv = ['{script}', '--help']\n"
+    result = run_python(code + f"runpy.run_module('tests.{script}', run_name='__main__')")
+    assert result.returncode == 0 and option in result.stdout, result.stderr
+
+
+def test_repeats_of_a_call_that_changes_are_noticed():
+    function, inputs = repeat.calls(1, 2, 20, 16)["two masks"]
+    assert repeat.differing(function, inputs, 3, "") == 0
+    factors = iter((1.0, 1.0, 1.01, 1.0))
+    assert repeat.differing(lambda: function() * next(factors), inputs, 4, "") == 1
