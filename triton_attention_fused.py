@@ -31,7 +31,6 @@ from triton_attention.checks import (
 from triton_attention.dropout import draw_seed
 from triton_attention.float32 import in_parts, load_rows, product, rows_dot, signed, whole
 from triton_attention.fused_backward import fused_backward_op
-from triton_attention.fused_bias import fused_bias_gradient_op
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments, paired, tiles_of
 from triton_attention.launch import empty_heads, launch, strided
 from triton_attention.logits import (
@@ -336,19 +335,16 @@ class FusedBackward(Function):
     ):
         full = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
         options = (scale, softcap, dropout_p, left, right)
-        dmask, dsinks = None, None
-        dq, dk, dv, record = fused_backward_op(
-            do, dlse, q, k, v, full, sinks, seed, o, lse, stats, *options, key_mask
+        dsinks = None
+        dbias_shape = list(mask.shape) if needs_dmask else None
+        dq, dk, dv, record, dbias = fused_backward_op(
+            do, dlse, q, k, v, full, sinks, seed, o, lse, stats, *options, key_mask, dbias_shape
         )
-        if needs_dmask:
-            dmask = fused_bias_gradient_op(
-                do, q, k, v, full, seed, record, list(mask.shape), mask.dtype, *options, key_mask
-            )
         if needs_dsinks:  # the sink's weight e^(sink - lse) has no value: dP = 0, so its gradient is -P delta
             top, total = (stats[..., 0], stats[..., 1]) if paired(q, mask) else (lse, torch.ones_like(lse))
             weight = (torch.exp(sinks[:, None].double() - top) / total).masked_fill(lse == -math.inf, 0.0)
             dsinks = -(weight * record[..., 2:].double().sum(-1)).sum((0, 2)).to(sinks.dtype)
-        return dq, dk, dv, dmask, dsinks
+        return dq, dk, dv, dbias if needs_dmask else None, dsinks
 
     @staticmethod
     def setup_context(ctx, inputs, output):

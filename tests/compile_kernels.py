@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from triton_attention import mask_map, tiles  # noqa: E402
 from triton_attention.dropout import dropout_op  # noqa: E402
 from triton_attention.fused_backward import fused_backward_op  # noqa: E402
-from triton_attention.fused_bias import fused_bias_gradient_op  # noqa: E402
+from triton_attention.fused_bias import bias_gradient  # noqa: E402
 from triton_attention.mean_weights import mean_weights_op  # noqa: E402
 from triton_attention.softmax_backward import mask_gradient_op, softmax_backward_op  # noqa: E402
 from triton_attention.softmax_mean import softmax_mean_op  # noqa: E402
@@ -302,8 +302,9 @@ def fused_launches(dtype, D, quick):
         yield f"fused backward {name} few", fused_backward_op, arguments
     if quick and dtype != torch.float32:
         return
-    arguments = (q, q, k, k, bias, None, lse.new_zeros(8, 128, 256, 4), [1, 1, 256, 256], dtype, *scalars, None, None)
-    yield f"fused bias gradient {name}", fused_bias_gradient_op, arguments
+    dbias, record = bias.new_empty(1, 1, 256, 256), lse.new_zeros(8, 128, 256, 4)
+    arguments = (dbias, q, q, k, k, bias, None, None, record, *scalars, None, None)
+    yield f"fused bias gradient {name}", bias_gradient, arguments
 
 
 def mean_weights_launches(dtype, D, quick):

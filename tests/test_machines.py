@@ -149,7 +149,7 @@ modules = [importlib.import_module(f"triton_attention{name}") for name in names]
 for module in modules:
     module.launch = lambda kernel, programs, *args, device=None, **constants: launched.append(
         (kernel.fn.__name__, programs, {key: str(value) for key, value in constants.items()}))
-scores, values, backward, fused, fused_backward, fused_bias, *_, mean_weights = modules
+scores, values, backward, fused, fused_backward, *_, mean_weights = modules
 def launches(of, *capabilities):
     global number
     number, gpus[:] = of, capabilities
@@ -159,15 +159,15 @@ def launches(of, *capabilities):
     for dtype in (torch.bfloat16, torch.float32):
         q = torch.empty(1, 2, 256, 128, dtype=dtype).as_subclass(On)
         s, lse = q.new_empty(1, 2, 256, 256), q.new_empty(1, 2, 256, dtype=torch.float32)
-        stats, record, scalars = lse.new_empty(1, 2, 256, 2), lse.new_empty(1, 2, 256, 4), (0.1, 0.0, 0.0)
+        stats, scalars = lse.new_empty(1, 2, 256, 2), (0.1, 0.0, 0.0)
         few = q[:, :, :20], q.repeat(1, 1, 16, 1), q.repeat(1, 1, 16, 1)
         for op, *arguments in (
             (scores.scores_op, q, q, 0.1, 0, None, None, None),
             (values.values_op, s, q, 0, 2, False, 1.0, dtype, None, None),
             (backward.dscores_op, q.half(), q.float(), q.half(), s.half(), 0),
             (fused.fused_op, *few, None, None, None, *scalars, None, None, None, None),
-            (fused_backward.fused_backward_op, q, None, q, q, q, s, None, None, q, lse, stats, *scalars, None, 0),
-            (fused_bias.fused_bias_gradient_op, q, q, q, q, s, None, record, s.shape, dtype, *scalars, None, None),
+            (fused_backward.fused_backward_op, q, None, q, q, q, s, None, None, q, lse, stats, *scalars, None, 0, None,
+             s.shape),
             (mean_weights.mean_weights_op, q, q, lse, stats, 0.1, None),
         ):
             op.__wrapped__(*arguments)

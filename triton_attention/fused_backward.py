@@ -1,12 +1,11 @@
 """dQ, dK, dV of the fused kernel: P is computed again, tile by tile, instead of stored.
 
-    P  = e^(logits - lse)                 lse came from the forward pass: no maximum, no sum, no correction. For
-                                          float32 and beside a floating mask, e^(logits - m_i) / l_i, free of the
-                                          rounding of lse: of -1e9 + log 33 the log is lost
+    P  = e^(logits - lse)                 see fused_probs.py: no maximum, no sum, no correction
     dS = P * (dO V^T - delta)             delta = rowsum(P * dP) - dlse, of which the first is rowsum(dO * O)
     dV = P^T dO     dQ = scale dS K     dK = scale dS^T Q
 
-Two kernels, so that every sum belongs to one program and none needs atomics: results are bitwise repeatable.
+Two kernels, so that every sum belongs to one program and none needs atomics: results are bitwise repeatable. A floating
+mask that has a gradient too gets it from a third one (fused_bias.py).
 
     _dq_kernel      owns BLOCK_M queries, walks over the keys they see;     also writes delta
     _dkdv_kernel    owns BLOCK_N keys, walks over the queries that see them, of all heads that share the keys; it
@@ -15,96 +14,25 @@ Two kernels, so that every sum belongs to one program and none needs atomics: re
 Dao et al., "FlashAttention", 2022, appendix B; Dao, "FlashAttention-2", 2023, section 3.1.2.
 """
 
-from typing import NamedTuple
-
 import torch
 
 import triton
 import triton.language as tl
 
 from triton_attention.float32 import in_parts, load_rows, map_finite, product, rows_dot, signed, whole
+from triton_attention.fused_bias import bias_gradient
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments, tiles_of
+from triton_attention.fused_probs import Record, dscores, load_record, normalizer, probs, store_record
 from triton_attention.launch import empty_heads, launch, strided
 from triton_attention.logits import (
-    Band, Options, exponential, key_range, listed, listed_tile, load_mask, load_pair, logits, query_range, start_of,
-    steps, store_pair,
+    Band, Options, key_range, listed, listed_tile, load_mask, query_range, start_of, steps,
 )
 from triton_attention.mask_map import map_of, units_of
 from triton_attention.operators import define_op
 from triton_attention.tile_choice import compile_options, tile_for
 from triton_attention.tiles import (
-    DropoutMask, Heads, Matrix, dot, head, hide_loads, inverse_sum, keep_mask, load_tile, split_program, store_tile,
+    DropoutMask, Heads, Matrix, dot, head, hide_loads, keep_mask, load_tile, split_program, store_tile,
 )
-
-
-@triton.jit
-def normalizer(lse_ptr, stats_ptr, row, offs_m, M, PAIRED: tl.constexpr):
-    """(top, inverse), with which P = e^(logits - top) * inverse; top is finite, also of a query that sees nothing."""
-    if PAIRED:
-        top, l_i = load_pair(stats_ptr, row + offs_m, offs_m < M, float("-inf"))
-        inverse = inverse_sum(l_i)
-    else:
-        top = tl.load(lse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
-        inverse = top
-    return tl.where(top == float("-inf"), 0.0, top), inverse
-
-
-class Record(NamedTuple):
-    """Of queries: P = e^(logits - top) * inverse, dS = P * (dP - delta - rest); rest is None before it is known."""
-
-    top: tl.tensor
-    inverse: tl.tensor
-    delta: tl.tensor
-    rest: tl.tensor
-
-
-@triton.jit
-def load_record(record_ptr, row, offs_m, M):
-    """The Record of queries, where the top of one past the last is inf.
-
-    In one piece: four loads of a number a query would each be made by all the threads that need one of them.
-    """
-    offs = (row + offs_m)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    record = tl.load(record_ptr + offs, mask=offs_m[:, None] < M, other=0.0)
-    even, odd = tl.split(tl.reshape(record, [record.shape[0], 2, 2]))
-    top, delta = tl.split(even)
-    inverse, rest = tl.split(odd)
-    return Record(tl.where(offs_m < M, top, float("inf")), inverse, delta, rest)
-
-
-@triton.jit
-def store_record(record_ptr, rows, record, mask):
-    """Inverse of load_record."""
-    store_pair(record_ptr, 2 * rows, record.top, record.inverse, mask)
-    store_pair(record_ptr, 2 * rows + 1, record.delta, record.rest, mask)
-
-
-@triton.jit
-def probs(
-    qk, record, offs_m, offs_n, band, mask, scale, M_AXIS: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr
-):
-    """(P before dropout, tanh where there is a softcap) of a tile with its queries along M_AXIS, 0 or 1."""
-    m, n = tl.expand_dims(offs_m, 1 - M_AXIS), tl.expand_dims(offs_n, M_AXIS)
-    x, raw = logits(qk, m, n, band, mask, scale, MASKED, OPTIONS)
-    p = exponential(x, raw, tl.expand_dims(record.top, 1 - M_AXIS), scale, MASKED, OPTIONS)
-    if OPTIONS.PAIRED:
-        p *= tl.expand_dims(record.inverse, 1 - M_AXIS)
-    return p, raw
-
-
-@triton.jit
-def dscores(p, dp, tanh, record, M_AXIS: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr):
-    """(d loss / d logit, d loss / d (scale Q K^T)) of a tile of P and dP."""
-    ds = dp - tl.expand_dims(record.delta, 1 - M_AXIS)
-    if OPTIONS.EXACT and record.rest is not None:
-        ds -= tl.expand_dims(record.rest, 1 - M_AXIS)
-    ds *= p
-    ds_qk = ds
-    if OPTIONS.SOFTCAP > 0.0:
-        ds_qk = ds * (1.0 - tanh * tanh)
-    if MASKED:  # a hidden key may hold NaN
-        ds, ds_qk = tl.where(p == 0.0, 0.0, ds), tl.where(p == 0.0, 0.0, ds_qk)
-    return ds, ds_qk
 
 
 @triton.jit
@@ -341,28 +269,37 @@ def _dkdv_kernel(
     store_tile(*dv_head, offs_n, offs_e, dv)
 
 
-def _fused_gradients(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, *_):
-    return *(empty_heads(t, *t.shape) for t in (q, k, v)), lse.new_empty(*lse.shape, 4)
+def _fused_gradients(
+    do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dropout_p, left, right, key_mask=None,
+    dbias_shape=None,
+):
+    dbias = (q if mask is None else mask).new_empty(dbias_shape or 0)
+    return *(empty_heads(t, *t.shape) for t in (q, k, v)), lse.new_empty(*lse.shape, 4), dbias
 
 
-@define_op("fused_backward", fake=_fused_gradients, wide=(3,), hopper="backward")
+@define_op("fused_backward", fake=_fused_gradients, wide=(3,), like={4: 5}, hopper="backward")
 def fused_backward_op(
     do: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     mask: torch.Tensor | None, sinks: torch.Tensor | None, seed: torch.Tensor | None, o: torch.Tensor,
     lse: torch.Tensor, stats: torch.Tensor, scale: float, softcap: float, dropout_p: float, left: int | None,
-    right: int | None, key_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dQ, dK, dV, record [B, H, M, 4] of each query, see load_record) of do like O, dlse like lse, and what fused_op
-    took and returned."""
+    right: int | None, key_mask: torch.Tensor | None = None, dbias_shape: list[int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dQ, dK, dV, record [B, H, M, 4] of each query, see load_record, dbias) of do like O, dlse like lse, and what
+    fused_op took and returned. dbias is the gradient of a floating mask, expanded here, in the 4-D shape that it had
+    before; empty, if no shape is given."""
     (B, H, M), (Hk, N) = q.shape[:3], k.shape[1:3]
-    dq, dk, dv, record = outputs = _fused_gradients(do, dlse, q, k, v, mask, sinks, seed, o, lse, stats)
+    options = scale, softcap, dropout_p, left, right
+    dq, dk, dv, record, dbias = outputs = _fused_gradients(
+        do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, *options, key_mask, dbias_shape
+    )
     if B * H * M * N == 0:
         for t in outputs:
             t.zero_()
         return outputs
     lse, stats = lse.contiguous(), stats.contiguous()  # which vmap may have expanded
     dlse = None if dlse is None else dlse.contiguous()
-    q, v, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
+    given = do, q, k, v
+    q, v, scalars, constants = fused_arguments(q, v, mask, *options)
     width = max(constants["D"], constants["DV"])
     op_dq, op_dkdv = (
         f"{op}, few" if M <= FEW_QUERIES else tiles_of(op, mask, key_mask) for op in ("fused dq", "fused dkdv")
@@ -393,4 +330,6 @@ def fused_backward_op(
     if dtype == torch.float64:
         dq *= scale
         dv *= 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    if dbias_shape is not None:
+        bias_gradient(dbias, *given, mask, key_mask, seed, record, *options)
     return outputs

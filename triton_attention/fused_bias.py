@@ -6,17 +6,14 @@
       +----+----+                         unless the bias has that size itself
 """
 
-import torch
-
 import triton
 import triton.language as tl
 
 from triton_attention.float32 import in_parts, load_rows, rows_dot, signed
-from triton_attention.fused_backward import dscores, load_record, probs
 from triton_attention.fused_common import fused_arguments
+from triton_attention.fused_probs import dscores, load_record, probs
 from triton_attention.launch import launch, strided
 from triton_attention.logits import Band, Options, load_mask
-from triton_attention.operators import define_op
 from triton_attention.tile_choice import compile_options, tile_for
 from triton_attention.tiles import DropoutMask, head, keep_mask, split_program, store_tile
 
@@ -93,26 +90,16 @@ def _dbias_kernel(
     store_tile(*dbias_head, offs_m, offs_n, acc)
 
 
-def _bias_gradient(do, q, k, v, mask, seed, record, shape, dtype, *_):
-    return mask.new_empty(shape, dtype=dtype)
-
-
-@define_op("fused_bias_gradient", fake=_bias_gradient)
-def fused_bias_gradient_op(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor,
-    seed: torch.Tensor | None, record: torch.Tensor, shape: list[int], dtype: torch.dtype,
-    scale: float, softcap: float, dropout_p: float, left: int | None, right: int | None,
-    key_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """dS summed to the bias's own 4-D shape, in its dtype; `mask` is that bias, expanded."""
-    (B, H, M), (Hk, N), dbias = q.shape[:3], k.shape[1:3], mask.new_empty(shape, dtype=dtype)
-    if dbias.numel() == 0 or B * H * M * N == 0:
-        return dbias.zero_()
-    record = record.contiguous()  # which vmap may have expanded
+def bias_gradient(
+    dbias, do, q, k, v, mask, key_mask, seed, record, scale, softcap, dropout_p, left, right
+):
+    """Fill dbias with dS, summed to its 4-D shape; `mask` is the bias, expanded, the others as in fused_backward_op."""
+    (B, H, M), (Hk, N) = q.shape[:3], k.shape[1:3]
     q, v, scalars, constants = fused_arguments(q, v, mask, scale, softcap, dropout_p, left, right)
     dtype = q.dtype
     do, q, k, v = in_parts(constants["PRECISION"], do, q, k, v)
     tile = tile_for("fused dbias", dtype, max(constants["D"], constants["DV"]), False, q.device)
+    shape = dbias.shape
     sums = [size == 1 for size in shape]
     launch(
         _dbias_kernel, shape[0] * shape[1] * triton.cdiv(shape[2], tile.BLOCK_M) * triton.cdiv(shape[3], tile.BLOCK_N),
@@ -122,4 +109,3 @@ def fused_bias_gradient_op(
         SUM_B=sums[0], SUM_H=sums[1], SUM_M=sums[2], SUM_N=sums[3],
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile, q.device),
     )
-    return dbias

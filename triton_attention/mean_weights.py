@@ -18,7 +18,7 @@ import triton.language as tl
 
 from triton_attention.device import processors
 from triton_attention.float32 import in_parts, load_rows, rows_dot
-from triton_attention.fused_backward import normalizer
+from triton_attention.fused_probs import normalizer
 from triton_attention.fused_common import fused_arguments
 from triton_attention.launch import launch, strided
 from triton_attention.logits import Options, exponential

@@ -64,11 +64,12 @@ def _widened(t):
     return once.new_empty_strided(once.shape, once.stride(), dtype=torch.float32).copy_(once).expand(t.shape)
 
 
-def _without_bfloat16(launcher, wide=()):
+def _without_bfloat16(launcher, wide, like):
     """The interpreter computes on the raw bits of bfloat16: upcast before, round in torch after."""
 
     @functools.wraps(launcher)
-    def run(*args):
+    def run(*given):
+        args = given
         asked = [a for a in args if isinstance(a, torch.dtype)]
         dtypes = [a.dtype for a in args if isinstance(a, torch.Tensor)]
         if torch.bfloat16 not in asked + dtypes:
@@ -78,7 +79,9 @@ def _without_bfloat16(launcher, wide=()):
         out = launcher(*(torch.float32 if a is torch.bfloat16 else a for a in args))
         if not isinstance(out, tuple):
             return out.to(dtype)
-        return tuple(o if i in wide else o.to(dtype) for i, o in enumerate(out))
+        models = [given[like[i]] if i in like else None for i in range(len(out))]
+        wanted = [dtype if model is None else model.dtype for model in models]
+        return tuple(o if i in wide else o.to(wanted[i]) for i, o in enumerate(out))
 
     return run
 
@@ -98,9 +101,10 @@ def _import(module):
         return None
 
 
-def define_op(name, fake, wide=(), hopper=None):
+def define_op(name, fake, wide=(), like=None, hopper=None):
     """Decorator: make `triton_attention::name` of a launcher; `fake` gives its output without running it, `wide` are
-    the numbers of the outputs that are float32 whatever the inputs are, `hopper` is the module in triton_attention/
+    the numbers of the outputs that are float32 whatever the inputs are, `like` says {output: input} of one that has the
+    dtype of another input than the first, `hopper` is the module in triton_attention/
     hopper/ that serves the operator on such a GPU, unless its refuses(*args) says why not.
 
     Here a call is decided on, once. What PyTorch has to see goes to the dispatcher, and from there to the launcher. A
@@ -116,7 +120,7 @@ def define_op(name, fake, wide=(), hopper=None):
 
     def decorate(launcher):
         if INTERPRETED:
-            launcher = _without_bfloat16(launcher, wide)
+            launcher = _without_bfloat16(launcher, wide, like or {})
 
         @functools.wraps(launcher)
         def chosen(*args):

@@ -39,6 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )
 
+from triton_attention.fused_bias import bias_gradient
 from triton_attention.hopper.backward_ends import postprocess, preprocess
 from triton_attention.hopper.forward import bias_of, keys_of, refuses_bias
 from triton_attention.hopper.mask import MaskMap, add_key_mask, tile_words, visible_bits, words_of_head
@@ -664,6 +665,7 @@ def _backward_kernel(
 
 def refuses(
     do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dropout_p, left, right, key_mask=None,
+    dbias_shape=None,
 ):
     """Why the kernel does not serve fused_backward_op with these arguments, or None."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
@@ -685,8 +687,9 @@ def refuses(
 
 def run(
     do, dlse, q, k, v, mask, sinks, seed, o, lse, stats, scale, softcap, dropout_p, left, right, key_mask=None,
+    dbias_shape=None,
 ):
-    """(dQ, dK, dV, record), see fused_backward_op; for what is not refused."""
+    """(dQ, dK, dV, record, dbias), see fused_backward_op; for what is not refused."""
     (B, H, M, D), (Hk, N, DV) = q.shape, v.shape[1:]
     dq, dk, dv, record = *(empty_heads(t, *t.shape) for t in (q, k, v)), lse.new_empty(*lse.shape, 4)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()  # which vmap may have expanded
@@ -696,6 +699,7 @@ def run(
     if mask is None and left is None and right is None and (N % BLOCK_N.value or M % tile.BLOCK_M):
         right = N  # nothing more is hidden, but what is past the last key; and 0 * inf past the last query is no NaN
     own_q, factor = (-q, -scale) if scale < 0.0 else (q, scale)  # the kernel knows positive ones
+    given, dbias = (do, q, k, v), (q if mask is None else mask).new_empty(dbias_shape or 0)
     do = do if addressable(do) else do.clone(memory_format=torch.contiguous_format)
     stats, semaphores = preprocess(do, dlse, o, lse, stats.contiguous() if biased else None, record, tile.BLOCK_M)
     dq_accum = lse.new_empty(64 * semaphores.numel(), 128)
@@ -730,4 +734,6 @@ def run(
         WORKER_REGISTERS=registers * 3 - 2 * tile.registers, num_warps=tile.num_warps, maxnreg=registers,
     )
     postprocess(dq_accum, dq, N, scale, left, right, tile.BLOCK_M, totals, total_steps, H // Hk)
-    return dq, dk, dv, record
+    if dbias_shape is not None:
+        bias_gradient(dbias, *given, mask, key_mask, None, record, scale, softcap, dropout_p, left, right)
+    return dq, dk, dv, record, dbias
