@@ -46,6 +46,7 @@ from triton_attention.tiles import (
 )
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
+HEAVY = 1 << 27  # bytes of keys and values; for a few queries of all of them, lists of the visible tiles pay from there
 
 
 @triton.jit
@@ -250,7 +251,8 @@ def fused_op(
     splits = count_splits(programs, N, tile.BLOCK_N, q.device)
     chunk = triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
     splits = triton.cdiv(N, chunk)
-    units = None if few else units_of(mask, key_mask)
+    trims = few and (splits > 1 or (k.numel() + v.numel()) * k.element_size() < HEAVY)  # see trimmed in logits.py
+    units = None if trims else units_of(mask, key_mask, always=few)
     lists, listing = map_of(mask, units, tile, M, N, left, right, chunk=chunk)
     q, k, v = in_parts(constants["PRECISION"], q, k, v)
     part, part_stats = o[None], stats
@@ -261,7 +263,7 @@ def fused_op(
         *strided(q, k, v, mask), *strided(key_mask, dims=2), *lists, sinks, *sinks_strides,
         part, *part.stride(), lse, part_stats, seed, *scalars, H, H // Hk, M, N, left or 0, right or 0, chunk,
         **constants, **listing, HAS_KEYS=key_mask is not None, HAS_SINKS=sinks is not None, SPLIT=splits > 1,
-        TRIMMED=few and mask is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        TRIMMED=trims and mask is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         FEW=tile.BLOCK_M if INTERPRETED else 16,
         **compile_options(tile, q.device),
     )

@@ -389,6 +389,9 @@ def launches(architecture, quick=False):
                     saved = torch.zeros(1, 2, 256), torch.zeros(1, 2, 256, 2)
                     arguments = (q, None, q, q, q, bias, None, None, q, *saved, *scalars, None, right, key_mask)
                     yield f"fused backward on Hopper bfloat16 D{D} {kind}", backward.run, arguments
+                    if kind == "bias":
+                        label = f"fused backward on Hopper bfloat16 D{D} bias, learned"
+                        yield label, backward.run, (*arguments, list(bias.shape))
             if D <= 128 and not quick:
                 few, label = q[:, :, :128], f"fused on Hopper bfloat16 D{D} causal, few keys"
                 yield label, forward.run, (q, few, few, *none, *scalars, None, 0, None, None)

@@ -73,9 +73,10 @@ def forward(
 
 def backward(
     q, k, v, do, dlse, scale, left=None, right=None, block_m=128, section=1, dq_stages=1, stages=2, programs=3,
-    mask=None, key_mask=None, source=None,
+    mask=None, key_mask=None, dbias=None, source=None,
 ):
-    """(O, lse, dQ, dK, dV), the first two by PyTorch; block_m 128: D up to 64, 64: up to 128."""
+    """(O, lse, dQ, dK, dV), the first two by PyTorch; block_m 128: D up to 64, 64: up to 128. Fills dbias [b, h, M, N]
+    with the gradient of a floating mask."""
     kernel = load(MASK.read_text() + (source or BACKWARD.read_text()))
     (B, H, M), (Hk, N), head_dim = q.shape[:3], k.shape[1:3], 8192 // block_m
     both = combined(mask, key_mask)
@@ -101,22 +102,24 @@ def backward(
         tile, group = Tile(block_m, 128, head_dim, 8, 2), H // Hk
         lists, _ = map_of(mask, units, tile, M, N, left, right, transposed=True, ordered=True, group=group)
         orders, totals, total_steps = orders_of(units, tile, M, N, left, right, group)
-    counter = torch.zeros(1, dtype=torch.int32)
+    counter, ds = torch.zeros(1, dtype=torch.int32), torch.full((B, H, N, -(-M // 8) * 8), torch.nan)
     arguments = (
         Descriptor(q, block_m, head_dim), Descriptor(k, 128, head_dim), Descriptor(v, 128, head_dim),
         Descriptor(do, block_m, head_dim), Descriptor(stats, 1, stats.shape[1]), Descriptor(dq_accum, 64, 128),
         Descriptor(dk, 128, head_dim), Descriptor(dv, 128, head_dim),
-        Descriptor(bias, block_m, 128) if biased else Descriptor(k, 128, head_dim),
+        Descriptor(bias, block_m, 128) if biased else Descriptor(k, 128, head_dim), Descriptor(ds, 128, block_m),
         Pointer(semaphores), Pointer(counter), scale * (1.0 if biased else LOG2E.value),
         column_tiles, B * Hk, section, Hk, H // Hk, -(-M // block_m), N, M, left or 0, outer or 0,
         Pointer(lists[0]), Pointer(lists[1]), *lists[2:], Pointer(words.flatten()), *word_steps,
         Pointer(orders.flatten()), left is not None, outer is not None, mask is not None, biased,
-        biased and key_mask is not None, block_m, head_dim, stages, dq_stages, 0,
+        biased and key_mask is not None, dbias is not None, block_m, head_dim, stages, dq_stages, 0,
     )
     current.size, current.first = programs, 256
     run_threads([(number, kernel._backward_kernel, arguments) for number in range(programs)])
     assert counter == 0, "the counter is not reset"
     kernels.postprocess(dq_accum, dq, N, scale, left, right, block_m, totals, total_steps, H // Hk)
+    if dbias is not None:
+        kernels.sum_scores(dbias, ds, units, left, right)
     return o, lse, dq, dk, dv
 
 
@@ -232,20 +235,23 @@ def check(source=None, only=None, **case):
 
 def check_attention(
     source=None, back=False, keys=420, hidden=None, infinite=False, kind=None, biased=False, keyed=False, shift=0.0,
-    **options,
+    learned=False, **options,
 ):
-    """Of a case with every kind of edge. hidden: what stands in keys and values that no query sees; infinite: the last
-    keys, which come first, score -inf; shift: what is added to all scores, if so there is a value of NaN too."""
+    """Of a case with every kind of edge. learned: the floating mask has a gradient; hidden: what stands in keys and
+    values that no query sees; infinite: the last keys, which come first, score -inf; shift: what is added to all
+    scores, if so there is a value of NaN too."""
     torch.manual_seed(0)
     D = 72 if back and options.get("block_m") == 64 else 40
     q, k, v = (torch.randn(1, *shape, D, requires_grad=back) for shape in ((4, 300), (2, keys), (2, keys)))
     bounds = {name: options.get(name) for name in ("left", "right")}
     if kind is not None:
-        options["mask"] = bounds["mask"] = drawn_mask(kind, 300, keys, biased).expand(1, 4, 300, keys)
+        leaf = drawn_mask(kind, 300, keys, biased).requires_grad_(learned)
+        bounds["mask"] = leaf.expand(1, 4, 300, keys)
+        options["mask"] = bounds["mask"].detach()
         if keyed:
             padding = torch.arange(keys)[None] % 150 > 30
             padding = torch.randn(1, keys).masked_fill(~padding, -torch.inf) if biased else padding
-            options["key_mask"], bounds["mask"] = padding, combined(options["mask"], padding)
+            options["key_mask"], bounds["mask"] = padding, combined(bounds["mask"], padding)
     if infinite:
         q[..., 0], k[:, :, 200:, 0] = q[..., 0].abs() + 0.5, -torch.inf
     if shift:
@@ -270,9 +276,13 @@ def check_attention(
     else:
         do, dlse = torch.randn(1, 4, 300, D), torch.randn(1, 4, 300).masked_fill(expected[1] == -torch.inf, 0.0)
         poisoned = dlse.masked_fill(expected[1] == -torch.inf, torch.nan)  # which must not matter
-        results = backward(q.detach(), hide(k), hide(v), do, poisoned, 0.2, source=source, **options)
+        leaves, dbias = (q, k, v), None
+        if learned:
+            leaves, dbias = (q, k, v, leaf), torch.full(leaf.shape, torch.nan)
+        results = backward(q.detach(), hide(k), hide(v), do, poisoned, 0.2, dbias=dbias, source=source, **options)
+        results += (dbias,) if learned else ()
         lse = expected[1].masked_fill(expected[1] == -torch.inf, 0.0)
-        expected += torch.autograd.grad((expected[0], lse), (q, k, v), (do, dlse))
+        expected += torch.autograd.grad((expected[0], lse), leaves, (do, dlse))
     near = {"atol": 1e-4, "equal_nan": bool(shift)}
     return all(torch.allclose(a, b, **near) for a, b in zip(results, expected, strict=True))
 
@@ -295,6 +305,9 @@ MASKED = [
     {"back": True, "kind": "heads", "biased": True, "block_m": 64, "left": -60, "right": 10, "section": 2},
     {"back": True, "kind": "causal", "biased": True, "block_m": 64, "programs": 8},
     {"back": True, "kind": "keys", "biased": True, "hidden": torch.nan},
+    {"back": True, "kind": "heads", "biased": True, "learned": True, "right": 40},
+    {"back": True, "kind": "heads", "biased": True, "learned": True, "block_m": 64, "keyed": True, "programs": 8},
+    {"back": True, "kind": "causal", "biased": True, "learned": True, "block_m": 64, "left": -60, "right": 10},
     {"back": True, "kind": "keys", "stages": 3}, {"back": True, "kind": "causal", "block_m": 64},
     {"back": True, "kind": "queries", "right": 0}, {"back": True, "kind": "heads", "left": -60, "right": 10},
     {"back": True, "kind": "keys", "block_m": 64, "hidden": torch.nan}, {"kind": "keys", "hidden": torch.nan},
@@ -327,6 +340,7 @@ _BANDED, _FULL = {"left": -60, "right": 10, "block_m": 192}, {"programs": 1}
 _SHORT = {"right": -200, "stages": 3, "programs": 1}  # a tile of keys for each of queries
 _LISTED, _BIASED = {"kind": "heads", "programs": 1}, {"kind": "heads", "biased": True, "programs": 1}
 _BIASED_BACK = {"back": True, "kind": "heads", "biased": True, "block_m": 64, "programs": 8}
+_LEARNED = {**_BIASED_BACK, "learned": True}
 DROP, EARLIER = (r"\S.*", "pass"), None
 BUGS = {  # name: (mark of a line in the kernel, what is done to it (see plant), a case that shows it)
     "K released before it was read": ("release-k", EARLIER, _FULL),
@@ -363,6 +377,8 @@ BUGS = {  # name: (mark of a line in the kernel, what is done to it (see plant),
     "a second mask forgotten": ("keys", DROP, {**_BIASED, "keyed": True}),
     "a second mask of the backward forgotten": ("keys", DROP, {**_BIASED_BACK, "keyed": True}),
     "a bias of the backward never released": ("release-dbias", DROP, _BIASED_BACK),
+    "dS of another step": ("store-ds", (r"index\(step_count", "index((step_count + 1)"), _LEARNED),
+    "dS overwritten while it is stored": ("wait-ds", DROP, {**_LEARNED, "block_m": 128, "programs": 8}),
     "last queries first forgotten": ("stride", DROP, _BACK),
     "Q released while dK is in flight": ("release-q", EARLIER, _BACK),
     "dO not waited for": ("wait-do", DROP, _BACK),

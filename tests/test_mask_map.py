@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import triton_attention_fused
 from tests.reference import BF16, DEVICE, F32, INF, NAN, compare, randn, torch_fused
 import triton
 import triton.language as tl
@@ -216,6 +217,25 @@ def test_few_queries_visit_what_a_mask_leaves(spans, rows, floating):
             assert start == end
         else:
             assert (start, end) == (first + places[0] // block * block, first + places[-1] + 1)
+
+
+@pytest.mark.parametrize("floating", (False, True))
+def test_few_queries_of_much_memory_have_lists(floating, monkeypatch):
+    """One part of all keys, of which a mask leaves some at either end."""
+    torch.manual_seed(0)
+    q, k, v = randn(2, 4, 1, 16, dtype=F32), randn(2, 2, 300, 16, dtype=F32), randn(2, 2, 300, 16, dtype=F32)
+    n = torch.arange(300, device=DEVICE)
+    mask = ((n < 4) | (n > 270))[None, None, None]
+    mask = torch.zeros(mask.shape, device=DEVICE).masked_fill(~mask, -INF) if floating else mask
+    monkeypatch.setattr(triton_attention_fused, "HEAVY", 0)
+    monkeypatch.setattr(triton_attention_fused, "count_splits", lambda *args: 1)
+    seen = []
+    lists_for = triton_attention_fused.map_of
+    monkeypatch.setattr(triton_attention_fused, "map_of", lambda mask, units, *args, **options: (
+        seen.append(units is not None), lists_for(mask, units, *args, **options))[1])
+    ours = lambda q, k, v: attention_fused(q, k, v, mask.to(q.dtype) if floating else mask, enable_gqa=True)  # noqa: E731
+    compare(ours, lambda q, k, v: torch_fused(q, k, v, mask.to(q.dtype) if floating else mask)[0], q, k, v)
+    assert seen[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window_size": (20, 5)}], ids=str)

@@ -119,7 +119,42 @@ def test_opcheck():
         torch.library.opcheck(op.overload, args, test_utils=checks)
 
 
+def test_operators_may_be_defined_again():
+    """importlib.reload of a notebook; in a process of its own, as the old ones are gone."""
+    code = """
+import importlib, torch, triton_attention_fused, triton_attention.fused_backward
+from triton_attention.device import DEVICE
+importlib.reload(triton_attention.fused_backward)
+importlib.reload(triton_attention_fused)
+q = torch.randn(1, 1, 5, 16, device=DEVICE, requires_grad=True)
+triton_attention_fused.attention_fused(q, q, q).sum().backward()
+print(bool(q.grad.isfinite().all()))
+"""
+    result = run_python(code)
+    assert result.stdout.strip() == "True", result.stderr
+
+
 BACKEND = "aot_eager" if INTERPRETED else "inductor"
+
+
+@pytest.mark.parametrize("order", ["heads outside", "rows outside"])
+def test_compile_with_a_number_of_keys_that_depends_on_data(order):
+    """Keys chosen by a mask: forward and backward have to know no more of their number than that it is one."""
+    q, x = randn(1, 2, 6, 16), randn(1, 2, 40, 16) if order == "heads outside" else randn(1, 40, 2, 16)
+    chosen = torch.rand(40, device=DEVICE) > 0.5
+
+    def attend(q, x):
+        k = x[:, :, chosen.nonzero().squeeze(1)] if order == "heads outside" else (
+            x[:, chosen.nonzero().squeeze(1)].transpose(1, 2)
+        )
+        return attention_fused(q, k, k)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        torch._dynamo.reset()
+        compiled = torch.compile(attend, backend=BACKEND, fullgraph=True)
+        found = torch.autograd.grad(compiled(q, x).sum(), (q, x))
+    for ours, exact in zip(found, torch.autograd.grad(attend(q, x).sum(), (q, x)), strict=True):
+        assert torch.allclose(ours, exact, atol=1e-6)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -14,8 +14,9 @@ from triton_attention.fused_common import fused_arguments
 from triton_attention.fused_probs import dscores, load_record, probs
 from triton_attention.launch import launch, strided
 from triton_attention.logits import Band, Options, load_mask
+from triton_attention.mask_map import UNIT, unit_strides
 from triton_attention.tile_choice import compile_options, tile_for
-from triton_attention.tiles import DropoutMask, head, keep_mask, split_program, store_tile
+from triton_attention.tiles import DropoutMask, head, head_ptr, keep_mask, split_program, store_tile
 
 
 @triton.jit(do_not_specialize=["B", "H", "GROUP", "M", "N", "left", "right", "GH", "GM", "GN"])
@@ -88,6 +89,52 @@ def _dbias_kernel(
     dbias_head = head(dbias_ptr, (stride_rb, stride_rh, stride_rm, stride_rn), (GM, GN), first_b, first_h)
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     store_tile(*dbias_head, offs_m, offs_n, acc)
+
+
+@triton.jit(do_not_specialize=["B", "H", "M", "N", "left", "right", "GH"])
+def _sum_kernel(
+    ds_ptr, stride_sb, stride_sh, stride_sn, units_ptr, stride_ub, stride_uh, stride_um, stride_un,
+    dbias_ptr, stride_rb, stride_rh, stride_rm, stride_rn, B, H, M, N, left, right, GH,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SUM_B: tl.constexpr, SUM_H: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """One tile of the bias's gradient from dS^T in memory; what is hidden may not have been written there."""
+    col_tiles = tl.cdiv(N, BLOCK_N)
+    tile, first_b, first_h = split_program(tl.program_id(0), tl.cdiv(M, BLOCK_M) * col_tiles, GH)
+    offs_m = tile // col_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tile % col_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (offs_n < N)[:, None] & (offs_m < M)[None, :]
+    if RIGHT:
+        inside = inside & (offs_n[:, None] <= offs_m[None, :] + right)
+    if LEFT:
+        inside = inside & (offs_n[:, None] >= offs_m[None, :] + left)
+    first_units = tile // col_tiles * (BLOCK_M // UNIT) + tl.arange(0, BLOCK_M // UNIT)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    count_h = H if SUM_H else 1
+    for step in range(0, (B if SUM_B else 1) * count_h):
+        off_b, off_h = first_b + step // count_h, first_h + step % count_h
+        units = head_ptr(units_ptr, stride_ub, stride_uh, off_b, off_h)
+        ptrs = units + (offs_n // UNIT)[:, None] * stride_un + first_units[None, :] * stride_um
+        seen = tl.load(ptrs, mask=(offs_n < N)[:, None] & (first_units * UNIT < M)[None, :], other=0)
+        seen = tl.reshape(tl.broadcast_to(seen[:, :, None], [BLOCK_N, BLOCK_M // UNIT, UNIT]), [BLOCK_N, BLOCK_M])
+        ds = head_ptr(ds_ptr, stride_sb, stride_sh, off_b, off_h)
+        ptrs = ds + offs_n.to(tl.int64)[:, None] * stride_sn + offs_m[None, :]
+        acc += tl.load(ptrs, mask=inside & (seen > 0), other=0.0)
+    dbias_head = head(dbias_ptr, (stride_rb, stride_rh, stride_rm, stride_rn), (M, N), first_b, first_h)
+    store_tile(*dbias_head, offs_m, offs_n, tl.trans(acc))
+
+
+def sum_scores(dbias, ds, units, left, right):
+    """Fill dbias [B or 1, H or 1, M, N] from dS^T [B, H, N, M or more] of a kernel that had it, written wherever the
+    units of the mask (see units_of) and the bounds let a query see a key."""
+    (B, H), (GB, GH, M, N) = ds.shape[:2], dbias.shape
+    block_m, block_n = 64, 64
+    launch(
+        _sum_kernel, GB * GH * triton.cdiv(M, block_m) * triton.cdiv(N, block_n),
+        ds, *ds.stride()[:3], units, *unit_strides(units), *strided(dbias), B, H, M, N, left or 0, right or 0, GH,
+        LEFT=left is not None, RIGHT=right is not None, SUM_B=GB == 1, SUM_H=GH == 1,
+        UNIT=UNIT, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+    )
 
 
 def bias_gradient(

@@ -6,6 +6,7 @@ import threading
 
 import numpy
 import torch
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
 from triton_attention.device import INTERPRETED
 from triton.runtime.errors import OutOfResources
@@ -16,9 +17,12 @@ from triton_attention.replay import note
 def empty_heads(like, *shape, dtype=None):
     """An empty [B, H, M, D] in the memory order of `like`: where that is [B, M, H, D], as projections leave them,
     they become columns again without a copy. The stride of a dimension of size 1 says nothing: a traced program may
-    have another one there than the tensors that it runs on."""
+    have another one there than the tensors that it runs on. A size that it does not know may be any."""
     B, H, M, D = shape
-    rows_outside = like.shape[1] > 1 and like.shape[2] > 1 and like.stride(1) < like.stride(2)
+    rows_outside = (
+        guard_or_true(like.shape[1] > 1) and guard_or_true(like.shape[2] > 1)
+        and guard_or_false(like.stride(1) < like.stride(2))
+    )
     strides = (M * H * D, D, H * D, 1) if rows_outside else (H * M * D, M * D, D, 1)
     return like.new_empty_strided(shape, strides, dtype=dtype)
 

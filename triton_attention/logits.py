@@ -95,9 +95,9 @@ def query_range(start_n, M, band, OPTIONS: tl.constexpr):
 
 @triton.jit
 def trimmed(first_n, last_n, offs_m, band, OPTIONS: tl.constexpr):
-    """(first_n, last_n) without the tiles at either end that the mask hides from all of a few queries. Padding is at an
-    end: to look at the mask once more, as wide as it comes, is sooner done than lists of tiles are."""
-    WIDTH: tl.constexpr = 1024 if OPTIONS.ONE_ROW else 256
+    """(first_n, last_n) without the tiles at either end that the mask hides from all of a few queries: padding is at an
+    end, and to look at the mask once more, as wide as it comes, is sooner done than lists of tiles are."""
+    WIDTH: tl.constexpr = 1024 if OPTIONS.ONE_ROW else 256 if OPTIONS.BLOCK_M <= 16 else 32
     first, last = last_n, first_n
     for start_n in range(first_n, last_n, WIDTH):
         offs_n = start_n + tl.arange(0, WIDTH)

@@ -276,7 +276,7 @@ def _in_fours(mask, width):
     return mask if fours else torch.nn.functional.pad(mask, (0, width - mask.shape[-1])).contiguous()
 
 
-def _unit_strides(units):
+def unit_strides(units):
     """One row of units, or one column of them, is for all."""
     return [stride if size > 1 else 0 for stride, size in zip(units.stride(), units.shape, strict=True)]
 
@@ -292,7 +292,7 @@ def orders_of(units, tile, M, N, left, right, group):
     totals = torch.empty(b, heads, rows, dtype=torch.int32, device=units.device)
     launch(
         _order_kernel, b * heads * rows,
-        units, *_unit_strides(units), orders, totals, heads, rows, M, N, left or 0, right or 0,
+        units, *unit_strides(units), orders, totals, heads, rows, M, N, left or 0, right or 0,
         LEFT=left is not None, RIGHT=right is not None, GROUP=group, UNIT=UNIT,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK=64, num_warps=1,
     )
@@ -314,7 +314,7 @@ def map_of(
     about = {"ONE_ROW": False, "ALIGNED": False, "LISTED": False, "NARROW": width}
     if mask is not None:
         about["NARROW"] = min(tile.narrow or width, width)
-        about["ONE_ROW"] = mask.stride(2) == 0
+        about["ONE_ROW"] = mask.stride(2) == 0 or mask.shape[2] == 1
         about["ALIGNED"] = N % 16 == 0 and mask.stride(3) == 1
     if units is None:
         return [None, None, 0, 0, 0, 0], about
@@ -330,7 +330,7 @@ def map_of(
     counts = torch.empty(b * heads * rows * splits * 2, dtype=torch.int32, device=mask.device)
     launch(
         _list_kernel, b * heads * rows * splits,
-        units, *_unit_strides(units), lists, counts, heads, rows, M, N, left or 0, right or 0, chunk, capacity,
+        units, *unit_strides(units), lists, counts, heads, rows, M, N, left or 0, right or 0, chunk, capacity,
         LEFT=left is not None, RIGHT=right is not None, TRANSPOSED=transposed, NONEMPTY=nonempty,
         ORDERED=ordered, GROUP=group, UNIT=UNIT, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK=64, num_warps=1,
     )

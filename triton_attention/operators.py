@@ -11,6 +11,7 @@ import importlib
 import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch._library.autograd import Info, make_autograd_impl
+from torch._library.custom_ops import get_library_allowing_overwrite
 
 from triton_attention.device import DEVICE, INTERPRETED, architecture
 from triton_attention.replay import recording, stand_in
@@ -25,7 +26,6 @@ _WATCHED = {"Python", "PythonTLSSnapshot"}  # those of a thread whose launcher i
 _NO_TENSORS = {type(None), bool, int, float, str, torch.dtype}
 _kinds = {}  # keys as a number -> "plain", "watched" or "other"
 _keys_of, _keys_of_thread = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
-_library = torch.library.Library("triton_attention", "FRAGMENT")
 
 
 def _kind(keys):
@@ -141,9 +141,10 @@ def define_op(name, fake, wide=(), like=None, hopper=None):
         def dispatched(*args):
             return launcher(*args) if must_dispatch(args) else repeated(*args)  # what jvp has to see, still does
 
+        library = get_library_allowing_overwrite("triton_attention", name)  # as a module may be loaded again
         schema = torch.library.infer_schema(launcher, mutates_args=())
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"triton_attention::{name}", fake, lib=_library)
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"triton_attention::{name}", fake, lib=library)
         overload = getattr(torch.ops.triton_attention, name).default  # which Dynamo knows wherever it comes from
         derivative = Info(None, None)
         differentiable = make_autograd_impl(overload, derivative)
@@ -154,8 +155,8 @@ def define_op(name, fake, wide=(), like=None, hopper=None):
                 return differentiable(keyset, *args)
             return repeated(*args)
 
-        _library.impl(name, above_autograd, "Autograd", with_keyset=True)
-        _library.impl(name, torch.compiler.disable(dispatched), "CompositeExplicitAutograd")
+        library.impl(name, above_autograd, "Autograd", with_keyset=True)
+        library.impl(name, torch.compiler.disable(dispatched), "CompositeExplicitAutograd")
 
         @functools.wraps(launcher)
         def call(*args):

@@ -13,6 +13,9 @@ dV stay in its registers; dQ is accumulated in memory, to which each tile of key
 S^T = K Q^T and dP^T = V dO^T come transposed out of the tensor cores, the way dV += P^T dO and dK += dS^T Q take them
 in, straight from registers. Only dS goes through shared memory too, for dQ = dS K is a sum over the keys of all warps.
 
+Where a floating mask has a gradient too, the dQ warp also stores each dS, transposed as it is; sum_scores() adds up
+what belongs to one element of the mask.
+
 Invariants
     the parts of a dQ are added in a fixed order, by a semaphore in memory for each tile of queries: bitwise repeatable;
     a tile waits only for those with lower numbers, which are under way already: no deadlock, however few programs run;
@@ -39,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )
 
-from triton_attention.fused_bias import bias_gradient
+from triton_attention.fused_bias import bias_gradient, sum_scores
 from triton_attention.hopper.backward_ends import postprocess, preprocess
 from triton_attention.hopper.forward import bias_of, keys_of, refuses_bias
 from triton_attention.hopper.mask import MaskMap, add_key_mask, tile_words, visible_bits, words_of_head
@@ -61,6 +64,7 @@ WAITS_SYNC = gl.constexpr(TRITON >= (3, 9))  # Triton 3.9 puts a barrier of all 
 K_REGISTERS = gl.constexpr(TRITON != (3, 8))  # K in registers at D 64 without a mask; the ptxas of Triton 3.8 spills
 MIN_WORK = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
 MIN_WAVES = 1  # tiles of keys a multiprocessor (a quarter, if causal); with fewer, the plain kernels balance better
+MOST_DS = 1 << 32  # bytes of it in memory for the gradient of a mask; past that, it is computed again
 L2 = 32 << 20  # bytes: heads whose queries, and what belongs to them, fit there are worked on together
 
 
@@ -72,6 +76,7 @@ class Options(NamedTuple):
     LISTED: bool  # whether there is a mask, whose tiles of queries are listed
     BIASED: bool  # whether it is a floating one
     KEYED: bool  # beside a second one of keys
+    STORES_DS: bool
     BLOCK_M: int
     BLOCK_D: int
     STAGES: int  # of Q, dO, lse and delta
@@ -159,10 +164,11 @@ class Bias(NamedTuple):
 
 
 class DqStages(NamedTuple):
-    """From the consumers to the dQ warp."""
+    """From the consumers to the dQ warp: parts of dQ, and dS, which is released with the part of its step."""
 
     bufs: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
+    ds: gl.shared_memory_descriptor
 
 
 class SemaphoreStages(NamedTuple):
@@ -354,7 +360,7 @@ def _semaphore_step(arguments, step_count, query, keys, work, OPTIONS: gl.conste
 
 @gluon.jit
 def _dq_step(arguments, step_count, query, keys, work, OPTIONS: gl.constexpr):
-    dq_desc, semaphores_ptr, dq, semaphore = arguments
+    dq_desc, ds_desc, semaphores_ptr, dq, semaphore = arguments
     predecessors = _predecessors(query.tile_m, keys, work, OPTIONS)
     stage = step_count % OPTIONS.DQ_STAGES
     mbarrier.wait(semaphore.ready.index(step_count % 2), step_count // 2 & 1)  # mutate: wait-ready
@@ -363,6 +369,9 @@ def _dq_step(arguments, step_count, query, keys, work, OPTIONS: gl.constexpr):
         store_async(dq_desc, [query.number * 64, 0], dq.bufs.index(stage))
     else:
         add_async(dq_desc, [query.number * 64, 0], dq.bufs.index(stage))
+    if OPTIONS.STORES_DS:
+        at = [keys.head // work.Hk, query.off_h, keys.tile_n * BLOCK_N, query.tile_m * OPTIONS.BLOCK_M]
+        store_async(ds_desc, at, dq.ds.index(step_count % dq.ds.shape[0]))  # mutate: store-ds
     tma.store_wait(0)
     mbarrier.arrive(dq.empty.index(stage), count=1)
     semaphore_release(semaphores_ptr + query.number, predecessors + 1)  # mutate: release-semaphore
@@ -376,9 +385,9 @@ def _semaphore_warp(semaphores_ptr, semaphore, scheduler, work, OPTIONS: gl.cons
 
 
 @gluon.jit
-def _dq_warp(dq_desc, semaphores_ptr, dq, semaphore, scheduler, work, OPTIONS: gl.constexpr):
+def _dq_warp(dq_desc, ds_desc, semaphores_ptr, dq, semaphore, scheduler, work, OPTIONS: gl.constexpr):
     """Store or add the part of dQ of each step."""
-    _each_step(_dq_step, (dq_desc, semaphores_ptr, dq, semaphore), scheduler, work, OPTIONS)
+    _each_step(_dq_step, (dq_desc, ds_desc, semaphores_ptr, dq, semaphore), scheduler, work, OPTIONS)
 
 
 # ---- the consumer warps
@@ -442,7 +451,7 @@ def _pass_dq(x, dq, step_count, OPTIONS: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(buffers, stages, bias, ds_bufs, dq_stages, scale_2, scheduler, work, OPTIONS: gl.constexpr):
+def _consumer(buffers, stages, bias, dq_stages, scale_2, scheduler, work, OPTIONS: gl.constexpr):
     """scale_2 has log2(e) in it; not beside a floating mask, where logits and their maxima are those of base e."""
     BIASED: gl.constexpr = OPTIONS.BIASED
     LEFT: gl.constexpr = OPTIONS.LEFT
@@ -560,8 +569,10 @@ def _consumer(buffers, stages, bias, ds_bufs, dq_stages, scale_2, scheduler, wor
             mbarrier.wait(q_full, (step_count + 1) // STAGES & 1, pred=step + 1 < steps)  # mutate: wait-q
             dp = warpgroup_mma_wait(0, [dp_token])
             ds = (p * dp).to(dtype)
-            ds_buf = ds_bufs.index(step_count % ds_bufs.shape[0])
-            if ds_bufs.shape[0] == 1:
+            ds_buf = dq_stages.ds.index(step_count % dq_stages.ds.shape[0]).reshape([BLOCK_N, BLOCK_M])
+            if dq_stages.ds.shape[0] == 1:
+                if OPTIONS.STORES_DS:  # has read it; of two, _pass_dq has waited for the one before the last
+                    mbarrier.wait(dq_stages.empty.index(0), (step_count & 1) ^ 1)  # mutate: wait-ds
                 barrier()  # all have read the last dS
             ds_buf.store(ds)
             dv_token = warpgroup_mma(p_16, do, dv, is_async=True)
@@ -590,18 +601,19 @@ def _consumer(buffers, stages, bias, ds_bufs, dq_stages, scale_2, scheduler, wor
     "list_b", "list_h", "list_row", "capacity", "word_b", "word_h", "word_m", "word_n",
 ])
 def _backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, stats_desc, dq_desc, dk_desc, dv_desc, bias_desc, semaphores_ptr, counter_ptr,
-    scale_2,
+    q_desc, k_desc, v_desc, do_desc, stats_desc, dq_desc, dk_desc, dv_desc, bias_desc, ds_desc, semaphores_ptr,
+    counter_ptr, scale_2,
     column_tiles, heads, section, Hk, GROUP, row_tiles, N, M, left, right,
     lists_ptr, counts_ptr, list_b, list_h, list_row, capacity, words_ptr, word_b, word_h, word_m, word_n, orders_ptr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LISTED: gl.constexpr, BIASED: gl.constexpr, KEYED: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, DQ_STAGES: gl.constexpr,
-    WORKER_REGISTERS: gl.constexpr,
+    STORES_DS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    DQ_STAGES: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
 ):
     gl.static_assert(not BIASED or STAGES == 2)
+    gl.static_assert(not STORES_DS or DQ_STAGES == 1)
     gl.static_assert(2 <= STAGES and STAGES <= DQ_FULL - Q_EMPTY and DQ_STAGES <= 16 - DQ_FULL)
     dtype: gl.constexpr = q_desc.dtype
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     k_buf = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_buf = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
     q_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
@@ -610,7 +622,7 @@ def _backward_kernel(
     stats_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, STATS * BLOCK_M], stats_desc.layout)
     tiles = gl.allocate_shared_memory(gl.int32, [3 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     DS_BUFFERS: gl.constexpr = 1 if BIASED and BLOCK_M == 128 else 2  # two do not fit beside a tile of the bias
-    ds_bufs = gl.allocate_shared_memory(dtype, [DS_BUFFERS, BLOCK_N, BLOCK_M], ds_layout)
+    ds_bufs = gl.allocate_shared_memory(dtype, [DS_BUFFERS, 1, 1, BLOCK_N, BLOCK_M], ds_layout)
     dq_bufs = gl.allocate_shared_memory(gl.float32, [DQ_STAGES, 64, 128], dq_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -643,7 +655,9 @@ def _backward_kernel(
         mbarrier.init(items_empty.index(i), count=3)  # all partitions but the producer
     fence_async_shared()
 
-    OPTIONS: gl.constexpr = Options(LEFT, RIGHT, LISTED, BIASED, KEYED, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES)
+    OPTIONS: gl.constexpr = Options(
+        LEFT, RIGHT, LISTED, BIASED, KEYED, STORES_DS, BLOCK_M, BLOCK_D, STAGES, DQ_STAGES
+    )
     mask_map = MaskMap(
         lists_ptr, counts_ptr, list_b, list_h, list_row, capacity, words_ptr, word_b, word_h, word_m, word_n
     )
@@ -652,14 +666,14 @@ def _backward_kernel(
     scheduler = Scheduler(items, items_full, items_empty)
     buffers = KeyBuffers(k_buf, v_buf, k_full, v_full, grads_full)
     stages = QueryStages(q_bufs, do_bufs, stats_bufs, tiles, q_full, do_full)
-    dq = DqStages(dq_bufs, dq_empty)
+    dq = DqStages(dq_bufs, dq_empty, ds_bufs)
     bias = Bias(bias_desc, bias_buf, bias_full)
     semaphore = SemaphoreStages(semaphore_ready, semaphore_done)
     gl.warp_specialize([
-        (_consumer, (buffers, stages, bias, ds_bufs, dq, scale_2, scheduler, work, OPTIONS)),
+        (_consumer, (buffers, stages, bias, dq, scale_2, scheduler, work, OPTIONS)),
         (_producer, (descs, counter_ptr, buffers, stages, bias, scheduler, work, OPTIONS)),
         (_semaphore_warp, (semaphores_ptr, semaphore, scheduler, work, OPTIONS)),
-        (_dq_warp, (dq_desc, semaphores_ptr, dq, semaphore, scheduler, work, OPTIONS)),
+        (_dq_warp, (dq_desc, ds_desc, semaphores_ptr, dq, semaphore, scheduler, work, OPTIONS)),
     ], [1, 1, 1], [WORKER_REGISTERS, WORKER_REGISTERS, WORKER_REGISTERS])
 
 
@@ -716,6 +730,9 @@ def run(
         group = H // Hk
         lists, _ = map_of(mask, units, tile, M, N, left, right, transposed=True, ordered=True, group=group)
         orders, totals, total_steps = orders_of(units, tile, M, N, left, right, group)
+    stores_ds = biased and dbias_shape is not None and tuple(dbias_shape[2:]) == (M, N)
+    stores_ds = stores_ds and B * H * M * N * q.element_size() <= MOST_DS
+    ds = q.new_empty(B, H, N, triton.cdiv(M, 8) * 8) if stores_ds else None
     column_tiles, section = triton.cdiv(N, BLOCK_N.value), L2 // (H // Hk * M * 8 * tile.BLOCK_D)
     registers = (1 << 16) // (128 * 3) // 8 * 8  # of a thread, before warp specialisation
     launch(
@@ -725,15 +742,18 @@ def run(
         row_descriptor(stats, 1), row_descriptor(dq_accum, 64),
         tile_descriptor(dk, BLOCK_N.value, tile.BLOCK_D), tile_descriptor(dv, BLOCK_N.value, tile.BLOCK_D),
         tile_descriptor(bias if biased else k, tile.BLOCK_M, BLOCK_N.value if biased else tile.BLOCK_D),
+        tile_descriptor(ds, BLOCK_N.value, tile.BLOCK_M) if stores_ds else None,
         semaphores, counter(q.device), factor * (1.0 if biased else LOG2E.value),
         column_tiles, B * Hk, max(1, min(B * Hk, section)), Hk, H // Hk, triton.cdiv(M, tile.BLOCK_M), N, M,
         left or 0, right or 0, *lists, words, *word_steps, orders,
         device=q.device, LEFT=left is not None, RIGHT=right is not None, LISTED=mask is not None, BIASED=biased,
-        KEYED=biased and key_mask is not None, BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_D, STAGES=tile.num_stages,
-        DQ_STAGES=tile.SPAN,
+        KEYED=biased and key_mask is not None, STORES_DS=stores_ds, BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_D,
+        STAGES=tile.num_stages, DQ_STAGES=tile.SPAN,
         WORKER_REGISTERS=registers * 3 - 2 * tile.registers, num_warps=tile.num_warps, maxnreg=registers,
     )
     postprocess(dq_accum, dq, N, scale, left, right, tile.BLOCK_M, totals, total_steps, H // Hk)
-    if dbias_shape is not None:
+    if stores_ds:
+        sum_scores(dbias, ds, units, left, right)
+    elif dbias_shape is not None:
         bias_gradient(dbias, *given, mask, key_mask, None, record, scale, softcap, dropout_p, left, right)
     return dq, dk, dv, record, dbias
