@@ -4,6 +4,8 @@
       +----+----+                         added to, here one a batch element: P and dS are computed again, as for dQ,
       | db |    |  = sum over b of dS     and the sum stays in registers. No atomics, and nothing of size [B, H, M, N]
       +----+----+                         unless the bias has that size itself
+
+Where a kernel stores dS on its way to dQ (Hopper, up to MOST_DS bytes), it is only added up.
 """
 
 import triton
