@@ -562,13 +562,13 @@ def test_gpu_fused_hopper(D, Dv, long, used, monkeypatch):
 @pytest.mark.parametrize("kind", ("heads", "causal", "keys", "queries"))
 @pytest.mark.parametrize("D,biased", ((64, False), (128, False), (256, False), (64, True), (128, True)))
 def test_gpu_fused_hopper_masks(D, biased, kind, used):
-    """Lists of tiles and bits, or a bias: with bounds beside them, grouped heads, two batch elements that are not
-    alike; bitwise the same each time; and NaN in keys that nobody sees."""
+    """Lists of tiles and bits, or a bias, which learns: with bounds beside them, grouped heads, two batch elements that
+    are not alike; bitwise the same each time; and NaN in keys that nobody sees."""
     widest = {"forward": forward.MAX_HEAD_DIM, "backward": 128}
     for i, (M, N) in enumerate([(128, 128), (300, 777), (777, 300), (100, 64), (1500, 1500)]):
         mask, dtype = emulate_hopper.drawn_mask(kind, M, N, biased).to(DEVICE), (F16, BF16)[i % 2]
         mask = torch.cat([mask, mask.roll(30, -1)])
-        mask = mask.to(dtype) if biased else mask
+        mask = mask.to(dtype).requires_grad_() if biased else mask
         served = [name for name in widest if D <= widest[name] and not (biased and (N % 8 or kind == "queries"))]
         q, k, v = (
             randn(2, h, n, D, dtype=dtype, layout=("plain", "bnhd")[i % 2])
@@ -576,20 +576,20 @@ def test_gpu_fused_hopper_masks(D, biased, kind, used):
         )
         for options in ({}, {"is_causal": True}, {"window_size": (100, 50)}):
             used.clear()
-            both = (functools.partial(function, mask=mask, **options) for function in (fused, torch_fused))
-            compare(*both, q, k, v)
+            both = (functools.partial(function, **options) for function in (fused, torch_fused))
+            compare(*both, q, k, v, mask)
             assert used == served
-    out = fused(q, k, v, mask)[0]
-    first = torch.autograd.grad(out, (q, k, v), out, retain_graph=True)
+    out, leaves = fused(q, k, v, mask)[0], (q, k, v, mask) if biased else (q, k, v)
+    first = torch.autograd.grad(out, leaves, out, retain_graph=True)
     for _ in range(20):
-        again = torch.autograd.grad(out, (q, k, v), out, retain_graph=True)
+        again = torch.autograd.grad(out, leaves, out, retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     if kind == "keys":
         with torch.no_grad():
             k[:, :, 160:], v[:, :, 160:] = NAN, NAN
         poisoned = fused(q, k, v, mask)[0]
         torch.testing.assert_close(poisoned, out, rtol=1e-2, atol=1e-2)
-        for a, b in zip(torch.autograd.grad(poisoned, (q, k, v), out.detach()), first, strict=True):
+        for a, b in zip(torch.autograd.grad(poisoned, leaves, out.detach()), first, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
