@@ -30,7 +30,7 @@ class Feature:
     is_causal: bool = False
     biased: bool = False  # by a bias [1, H, M, N]
     learned: bool = False  # which gets a gradient
-    compiled: bool = False  # everybody under torch.compile
+    compiled: str | None = None  # everybody under torch.compile, in this mode
     queries: Callable | None = None  # how many of so many keys; then forward only
     group: int = 1  # heads of queries that share one of keys
     batches: int = 1  # times as many
@@ -99,7 +99,7 @@ def per_batch(visible, rows):
 
 FEATURES = {
     "causal": lambda: Feature(causal, is_causal=True),
-    "causal, compiled": lambda: Feature(causal, is_causal=True, compiled=True),
+    "causal, compiled": lambda: Feature(causal, is_causal=True, compiled="default"),
     "causal, as a tensor": lambda: Feature(causal, square(causal)),
     "causal, of 0 and -inf": lambda: Feature(causal, additive(causal)),
     "padding": lambda: Feature(padding, per_batch(padding, rows=False)),
@@ -110,14 +110,15 @@ FEATURES = {
     "bias": lambda: Feature(biased=True),
     "bias that learns": lambda: Feature(biased=True, learned=True),
     "decoding, left padding": lambda: decoding(),
-    "decoding, left padding, compiled": lambda: decoding(compiled=True),
+    "decoding, left padding, compiled": lambda: decoding("default"),
+    "decoding, left padding, CUDA graphs": lambda: decoding("reduce-overhead"),
     "prompt in a static cache": lambda: Feature(
         padded_prompt, per_batch(padded_prompt, rows=True), queries=lambda S: S // 4, group=4
     ),
 }
 
 
-def decoding(compiled=False):
+def decoding(compiled=None):
     """One query each, as `generate` of a padded batch calls it."""
     mask = per_batch(left_padding, rows=False)
     return Feature(left_padding, mask, compiled=compiled, queries=lambda S: 1, group=4, batches=8)
@@ -255,7 +256,9 @@ def attention(mode, name, B, H, S, D, dtype, seed):
     def make(prepare):
         call = prepare(q, k, v, mask, feature)
         if feature.compiled:
-            call = torch.compile(call)
+            for t in (q, k, v) if mask is None else (q, k, v, mask):
+                torch._dynamo.mark_static_address(t)  # as a model's cache is: else a CUDA graph gets a copy each time
+            call = torch.compile(call, mode=feature.compiled)
         if not bwd:
             return call
         out = call()
