@@ -384,6 +384,7 @@ def attention_fused(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention in one kernel, in memory that grows with M + N: O = softmax(scale * Q K^T + mask) V.
 
+    (For the gradient of a mask, which is as large as that, a backward pass on Hopper may take up to 4 GiB for dS.)
     The first eight arguments are those of torch.nn.functional.scaled_dot_product_attention.
 
     Args:

@@ -159,18 +159,19 @@ def add_async(desc, at, buf):
     current.reading += ((desc, at, buf, True),)
 
 
-def store_wait_complete():
+def store_wait_complete(pending=0):
     store_wait(0)
+    left = current.writing[: len(current.writing) - pending]
     with changed:
-        for desc, at, data, adds in current.writing:
+        for desc, at, data, adds in left:
             part = desc.part(at)
             data = data.view(desc.block)[: part.shape[0], : part.shape[1]]
             part.copy_(part + data if adds else data)
-    current.writing = ()
+    current.writing = current.writing[len(left) :]
 
 
-def semaphore_release(ptr, value):
-    store_wait_complete()
+def semaphore_release(ptr, value, pending):
+    store_wait_complete(pending)
     with changed:
         ptr.data[ptr.offset] = value
         changed.notify_all()

@@ -374,7 +374,8 @@ def _dq_step(arguments, step_count, query, keys, work, OPTIONS: gl.constexpr):
         store_async(ds_desc, at, dq.ds.index(step_count % dq.ds.shape[0]))  # mutate: store-ds
     tma.store_wait(0)
     mbarrier.arrive(dq.empty.index(stage), count=1)
-    semaphore_release(semaphores_ptr + query.number, predecessors + 1)  # mutate: release-semaphore
+    PENDING: gl.constexpr = 1 if OPTIONS.STORES_DS else 0  # dS is nobody's predecessor
+    semaphore_release(semaphores_ptr + query.number, predecessors + 1, PENDING)  # mutate: release-semaphore
     mbarrier.arrive(semaphore.done.index(step_count % 2), count=1)
 
 
@@ -567,12 +568,12 @@ def _consumer(buffers, stages, bias, dq_stages, scale_2, scheduler, work, OPTION
             # here: it keeps the wait for dP below the exponentials
             q_full = stages.q_full.index((step_count + 1) % STAGES)
             mbarrier.wait(q_full, (step_count + 1) // STAGES & 1, pred=step + 1 < steps)  # mutate: wait-q
+            if OPTIONS.STORES_DS and dq_stages.ds.shape[0] == 1:  # of two, _pass_dq has waited for the last but one
+                mbarrier.wait(dq_stages.empty.index(0), (step_count & 1) ^ 1)  # mutate: wait-ds
             dp = warpgroup_mma_wait(0, [dp_token])
             ds = (p * dp).to(dtype)
             ds_buf = dq_stages.ds.index(step_count % dq_stages.ds.shape[0]).reshape([BLOCK_N, BLOCK_M])
             if dq_stages.ds.shape[0] == 1:
-                if OPTIONS.STORES_DS:  # has read it; of two, _pass_dq has waited for the one before the last
-                    mbarrier.wait(dq_stages.empty.index(0), (step_count & 1) ^ 1)  # mutate: wait-ds
                 barrier()  # all have read the last dS
             ds_buf.store(ds)
             dv_token = warpgroup_mma(p_16, do, dv, is_async=True)
@@ -731,8 +732,9 @@ def run(
         lists, _ = map_of(mask, units, tile, M, N, left, right, transposed=True, ordered=True, group=group)
         orders, totals, total_steps = orders_of(units, tile, M, N, left, right, group)
     stores_ds = biased and dbias_shape is not None and tuple(dbias_shape[2:]) == (M, N)
-    stores_ds = stores_ds and B * H * M * N * q.element_size() <= MOST_DS
-    ds = q.new_empty(B, H, N, triton.cdiv(M, 8) * 8) if stores_ds else None
+    row = triton.cdiv(M, 8) * 8
+    stores_ds = stores_ds and B * H * N * row * q.element_size() <= MOST_DS
+    ds = q.new_empty(B, H, N, row) if stores_ds else None
     column_tiles, section = triton.cdiv(N, BLOCK_N.value), L2 // (H // Hk * M * 8 * tile.BLOCK_D)
     registers = (1 << 16) // (128 * 3) // 8 * 8  # of a thread, before warp specialisation
     launch(

@@ -78,12 +78,14 @@ def semaphore_wait(ptr, value):
 
 
 @gluon.jit
-def semaphore_release(ptr, value):
-    """Set a semaphore to `value` once the TMA stores of this warp are in memory, which it releases."""
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0;\n\tbar.warp.sync 0xffffffff;\n\tst.release.gpu.global.b32 [$1], $2;\n\t"
-        "mov.b32 $0, 0;", "=r,l,r", [ptr.to(gl.int64), value], dtype=gl.int32, is_pure=False, pack=1,
+def semaphore_release(ptr, value, PENDING: gl.constexpr):
+    """Set a semaphore to `value` once the TMA stores of this warp, but for the last PENDING, are in memory, which it
+    releases."""
+    ASM: gl.constexpr = (
+        f"cp.async.bulk.wait_group {PENDING};\n\tbar.warp.sync 0xffffffff;\n\t"
+        "st.release.gpu.global.b32 [$1], $2;\n\tmov.b32 $0, 0;"
     )
+    gl.inline_asm_elementwise(ASM, "=r,l,r", [ptr.to(gl.int64), value], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
