@@ -384,8 +384,8 @@ def attention_fused(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention in one kernel, in memory that grows with M + N: O = softmax(scale * Q K^T + mask) V.
 
-    (For the gradient of a mask, which is as large as that, a backward pass on Hopper may take up to 4 GiB for dS.)
-    The first eight arguments are those of torch.nn.functional.scaled_dot_product_attention.
+    The first eight arguments are those of torch.nn.functional.scaled_dot_product_attention. Where the mask has a
+    gradient, the backward pass on Hopper may take up to 4 GiB more, for dS.
 
     Args:
         q: queries [B, H, M, D], float16, bfloat16, float32 or float64, any strides, D up to 256.

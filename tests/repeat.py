@@ -1,6 +1,6 @@
 """The same call again and again: outputs and gradients have to be the same bits, beside every kind of mask.
 
-    python3 -m tests.repeat             200 runs of each, a minute on an H200
+    python3 -m tests.repeat             200 runs of each
     compute-sanitizer --tool memcheck python3 -m tests.repeat --runs 1
 
 A kernel that adds up in an order of its own, or reads what another has not yet written, gives other bits now and then;
