@@ -10,7 +10,7 @@ from tests.reference import (
     BF16, DEVICE, F16, F32, F64, INF, NAN, T, compare, fused, outputs_and_grads, randn, staged, torch_fused,
     torch_staged, torch_visible,
 )
-from triton_attention import fused_common
+from triton_attention import fused_common, mask_map
 from triton_attention.dropout import dropout
 from triton_attention.device import INTERPRETED
 from triton_attention_fused import attend_under_two_masks, attention_fused, merge_attention
@@ -290,13 +290,18 @@ def test_two_masks(M, N, H, Hk, floating):
         compare(two, one, q, k, v, mask)
 
 
-def test_row_that_has_seen_nothing_and_a_tile_of_infinite_scores():
-    """In 16 bits beside a floating mask, where log2(e) times the lowest maximum would be -inf."""
+@pytest.mark.parametrize("lists_from", (0, 1 << 60))
+def test_row_that_has_seen_nothing_and_a_tile_of_infinite_scores(lists_from, monkeypatch):
+    """In 16 bits beside a floating mask, where log2(e) times the lowest maximum would be -inf; and where a tile is read
+    with its mask, so that a large number stands for an infinite one of K."""
+    monkeypatch.setattr(mask_map, "LISTS_FROM", lists_from)
     for dtype in (F16, BF16, F32):
         q, k, v = randn(1, 1, 64, 32, dtype=dtype).detach().abs(), *randn(2, 1, 1, 256, 32, dtype=dtype).detach()
         k[:, :, 128:, 0] = -INF
         bias = torch.zeros(1, 1, 64, 256, dtype=dtype, device=DEVICE)
         bias[..., 5, :128] = -INF
-        q.requires_grad_(), v.requires_grad_()
-        compare(lambda q, v, k=k, m=bias: fused(q, k.to(q.dtype), v, m.to(q.dtype)),
-                lambda q, v, k=k, m=bias: torch_fused(q, k.to(q.dtype), v, m.to(q.dtype)), q, v)
+        first, others = q[..., :1], q[..., 1:].clone().requires_grad_()  # dQ of the first is 0 * inf: no value
+        whole = lambda others, first=first: torch.cat((first.to(others.dtype), others), -1)  # noqa: E731
+        compare(lambda q, v, k=k, m=bias, whole=whole: fused(whole(q), k.to(q.dtype), v, m.to(q.dtype)),
+                lambda q, v, k=k, m=bias, whole=whole: torch_fused(whole(q), k.to(q.dtype), v, m.to(q.dtype)),
+                others, v.requires_grad_())

@@ -140,6 +140,8 @@ BACKEND = "aot_eager" if INTERPRETED else "inductor"
 @pytest.mark.parametrize("order", ["heads outside", "rows outside"])
 def test_compile_with_a_number_of_keys_that_depends_on_data(order):
     """Keys chosen by a mask: forward and backward have to know no more of their number than that it is one."""
+    if order == "rows outside" and BACKEND == "inductor" and torch.__version__ < "2.13":
+        pytest.skip("the Inductor of PyTorch 2.11 wants to know whether a transposed gather is channels-last")
     q, x = randn(1, 2, 6, 16), randn(1, 2, 40, 16) if order == "heads outside" else randn(1, 40, 2, 16)
     chosen = torch.rand(40, device=DEVICE) > 0.5
 

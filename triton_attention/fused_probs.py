@@ -17,14 +17,17 @@ from triton_attention.tiles import inverse_sum
 
 @triton.jit
 def normalizer(lse_ptr, stats_ptr, row, offs_m, M, PAIRED: tl.constexpr):
-    """(top, inverse), with which P = e^(logits - top) * inverse; top is finite, also of a query that sees nothing."""
+    """(top, inverse), with which P = e^(logits - top) * inverse. Of a query that sees nothing top is so large that P
+    is 0 (but finite), also where K was inf and a large number stands for it (see map_finite)."""
     if PAIRED:
         top, l_i = load_pair(stats_ptr, row + offs_m, offs_m < M, float("-inf"))
         inverse = inverse_sum(l_i)
+        blind = l_i == 0.0
     else:
-        top = tl.load(lse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
+        top = tl.load(lse_ptr + row + offs_m, mask=offs_m < M, other=float("-inf"))
         inverse = top
-    return tl.where(top == float("-inf"), 0.0, top), inverse
+        blind = top == float("-inf")
+    return tl.where(blind, 1e38, top), inverse
 
 
 class Record(NamedTuple):
