@@ -102,7 +102,7 @@ def backward(
         tile, group = Tile(block_m, 128, head_dim, 8, 2), H // Hk
         lists, _ = map_of(mask, units, tile, M, N, left, right, transposed=True, ordered=True, group=group)
         orders, totals, total_steps = orders_of(units, tile, M, N, left, right, group)
-    counter, ds = torch.zeros(1, dtype=torch.int32), torch.full((B, H, N, -(-M // 8) * 8), torch.nan)
+    counter, ds = torch.zeros(1, dtype=torch.int32), torch.full((B, H, N, -(-M // 16) * 16), torch.nan)
     arguments = (
         Descriptor(q, block_m, head_dim), Descriptor(k, 128, head_dim), Descriptor(v, 128, head_dim),
         Descriptor(do, block_m, head_dim), Descriptor(stats, 1, stats.shape[1]), Descriptor(dq_accum, 64, 128),

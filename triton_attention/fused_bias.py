@@ -93,42 +93,48 @@ def _dbias_kernel(
     store_tile(*dbias_head, offs_m, offs_n, acc)
 
 
-@triton.jit(do_not_specialize=["B", "H", "M", "N", "left", "right", "GH"])
+@triton.jit(do_not_specialize=["B", "H", "left", "right", "GH"])
 def _sum_kernel(
     ds_ptr, stride_sb, stride_sh, stride_sn, units_ptr, stride_ub, stride_uh, stride_um, stride_un,
     dbias_ptr, stride_rb, stride_rh, stride_rm, stride_rn, B, H, M, N, left, right, GH,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SUM_B: tl.constexpr, SUM_H: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """One tile of the bias's gradient from dS^T in memory; what is hidden may not have been written there."""
+    """One tile of the bias's gradient from dS^T in memory; where the mask hides all of the tile, nothing may have been
+    written there. Triton sees that the mask of a load is the same for 16 queries, so that a thread loads 16 bytes."""
     col_tiles = tl.cdiv(N, BLOCK_N)
     tile, first_b, first_h = split_program(tl.program_id(0), tl.cdiv(M, BLOCK_M) * col_tiles, GH)
-    offs_m = tile // col_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tile % col_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (offs_n < N)[:, None] & (offs_m < M)[None, :]
-    if RIGHT:
-        inside = inside & (offs_n[:, None] <= offs_m[None, :] + right)
-    if LEFT:
-        inside = inside & (offs_n[:, None] >= offs_m[None, :] + left)
-    first_units = tile // col_tiles * (BLOCK_M // UNIT) + tl.arange(0, BLOCK_M // UNIT)
+    start_m, start_n = tile // col_tiles * BLOCK_M, tile % col_tiles * BLOCK_N
+    offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+    inside = (offs_n < N)[:, None] & (offs_m // 16 * 16 < M)[None, :]
+    units_m = start_m // UNIT + tl.arange(0, BLOCK_M // UNIT)
+    units_n = start_n // UNIT + tl.arange(0, BLOCK_N // UNIT)
+    units_inside = (units_n * UNIT < N)[:, None] & (units_m * UNIT < M)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     count_h = H if SUM_H else 1
     for step in range(0, (B if SUM_B else 1) * count_h):
         off_b, off_h = first_b + step // count_h, first_h + step % count_h
         units = head_ptr(units_ptr, stride_ub, stride_uh, off_b, off_h)
-        ptrs = units + (offs_n // UNIT)[:, None] * stride_un + first_units[None, :] * stride_um
-        seen = tl.load(ptrs, mask=(offs_n < N)[:, None] & (first_units * UNIT < M)[None, :], other=0)
-        seen = tl.reshape(tl.broadcast_to(seen[:, :, None], [BLOCK_N, BLOCK_M // UNIT, UNIT]), [BLOCK_N, BLOCK_M])
+        ptrs = units + units_n[:, None] * stride_un + units_m[None, :] * stride_um
+        visited = tl.max(tl.max(tl.load(ptrs, mask=units_inside, other=0).to(tl.int32), 1), 0) > 0
+        if RIGHT:
+            visited = visited & (start_n <= start_m + (BLOCK_M - 1) + right)
+        if LEFT:
+            visited = visited & (start_n + (BLOCK_N - 1) >= start_m + left)
         ds = head_ptr(ds_ptr, stride_sb, stride_sh, off_b, off_h)
         ptrs = ds + offs_n.to(tl.int64)[:, None] * stride_sn + offs_m[None, :]
-        acc += tl.load(ptrs, mask=inside & (seen > 0), other=0.0)
+        acc += tl.load(ptrs, mask=inside & visited, other=0.0)
+    if RIGHT:
+        acc = tl.where(offs_n[:, None] <= offs_m[None, :] + right, acc, 0.0)
+    if LEFT:
+        acc = tl.where(offs_n[:, None] >= offs_m[None, :] + left, acc, 0.0)
     dbias_head = head(dbias_ptr, (stride_rb, stride_rh, stride_rm, stride_rn), (M, N), first_b, first_h)
     store_tile(*dbias_head, offs_m, offs_n, tl.trans(acc))
 
 
 def sum_scores(dbias, ds, units, left, right):
-    """Fill dbias [B or 1, H or 1, M, N] from dS^T [B, H, N, M or more] of a kernel that had it, written wherever the
-    units of the mask (see units_of) and the bounds let a query see a key."""
+    """Fill dbias [B or 1, H or 1, M, N] from dS^T [B, H, N, a multiple of 16] of a kernel that had it, written in all
+    tiles of 64 x 64, or larger ones, where the mask's units (see units_of) and the bounds let a query see a key."""
     (B, H), (GB, GH, M, N) = ds.shape[:2], dbias.shape
     block_m, block_n = 64, 64
     launch(

@@ -28,35 +28,56 @@ from triton_attention.tiles import head_ptr, load_tile, split_program
 
 UNIT = 32  # elements of a unit in either direction
 WIDTH = 8  # units that a program looks at, side by side
+SAMPLE = 1  # rows of them that it looks at first: enough of a bias, in which no unit is plain or hidden
+
+
+@triton.jit
+def _seen_and_plain(
+    mask, strides, M, N, offs_m, offs_n, keys_ptr, stride_yb, stride_yn, off_b,
+    IS_BOOL: tl.constexpr, HAS_KEYS: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
+):
+    """(whether a query sees a key, whether all see all), 0 or 1, of WIDTH units side by side, or some rows of them."""
+    # what does not count: rows past the last, and columns past the one that is for all keys
+    outside = (offs_m[:, None] >= M) | ((offs_n[None, :] > 0) & (N == 1))
+    if IS_BOOL:
+        x = load_tile(mask, strides, (M, N), offs_m, offs_n, False).to(tl.int32) != 0
+        if HAS_KEYS:
+            x = x & (load_keys(keys_ptr, stride_yb, stride_yn, off_b, offs_n, N) != 0)[None, :]
+        seen, plain = x, x | outside
+    else:
+        x = load_tile(mask, strides, (M, N), offs_m, offs_n, float("-inf"))
+        if HAS_KEYS:
+            x = add_keys(x, load_keys(keys_ptr, stride_yb, stride_yn, off_b, offs_n, N)[None, :])
+        seen, plain = x != float("-inf"), (x == 0.0) | outside
+    any_seen = tl.max(tl.max(tl.reshape(seen.to(tl.int32), [offs_m.shape[0], WIDTH, UNIT]), 2), 0)
+    all_plain = tl.min(tl.min(tl.reshape(plain.to(tl.int32), [offs_m.shape[0], WIDTH, UNIT]), 2), 0)
+    return any_seen, all_plain
 
 
 @triton.jit
 def _classify_kernel(
     mask_ptr, stride_ab, stride_ah, stride_am, stride_an, keys_ptr, stride_yb, stride_yn, units_ptr, H, M, N,
-    IS_BOOL: tl.constexpr, HAS_KEYS: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr,
+    IS_BOOL: tl.constexpr, HAS_KEYS: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr, SAMPLE: tl.constexpr,
 ):
-    """WIDTH units side by side."""
+    """WIDTH units side by side. They are read to their end only if their first rows leave one of them undecided."""
     row_units, column_units = tl.cdiv(M, UNIT), tl.cdiv(N, UNIT)
     spans = tl.cdiv(column_units, WIDTH)
     tile, off_b, off_h = split_program(tl.program_id(0), row_units * spans, H)
     row, first = tile // spans, tile % spans * WIDTH
     offs_m, offs_n = row * UNIT + tl.arange(0, UNIT), first * UNIT + tl.arange(0, WIDTH * UNIT)
     mask = head_ptr(mask_ptr, stride_ab, stride_ah, off_b, off_h)
-    # what does not count: rows past the last, and columns past the one that is for all keys
-    outside = (offs_m[:, None] >= M) | ((offs_n[None, :] > 0) & (N == 1))
-    if IS_BOOL:
-        x = load_tile(mask, (stride_am, stride_an), (M, N), offs_m, offs_n, False).to(tl.int32) != 0
-        if HAS_KEYS:
-            x = x & (load_keys(keys_ptr, stride_yb, stride_yn, off_b, offs_n, N) != 0)[None, :]
-        seen, plain = x, x | outside
-    else:
-        x = load_tile(mask, (stride_am, stride_an), (M, N), offs_m, offs_n, float("-inf"))
-        if HAS_KEYS:
-            x = add_keys(x, load_keys(keys_ptr, stride_yb, stride_yn, off_b, offs_n, N)[None, :])
-        seen, plain = x != float("-inf"), (x == 0.0) | outside
-    any_seen = tl.max(tl.max(tl.reshape(seen.to(tl.int32), [UNIT, WIDTH, UNIT]), 2), 0)
-    all_plain = tl.min(tl.min(tl.reshape(plain.to(tl.int32), [UNIT, WIDTH, UNIT]), 2), 0)
+    sampled = row * UNIT + tl.arange(0, SAMPLE)
+    any_seen, all_plain = _seen_and_plain(
+        mask, (stride_am, stride_an), M, N, sampled, offs_n, keys_ptr, stride_yb, stride_yn, off_b,
+        IS_BOOL, HAS_KEYS, UNIT, WIDTH,
+    )
     units = first + tl.arange(0, WIDTH)
+    partial = (any_seen > all_plain) | (units >= column_units)
+    if (row * UNIT + SAMPLE < M) & (tl.min(partial.to(tl.int32), 0) == 0):
+        any_seen, all_plain = _seen_and_plain(
+            mask, (stride_am, stride_an), M, N, offs_m, offs_n, keys_ptr, stride_yb, stride_yn, off_b,
+            IS_BOOL, HAS_KEYS, UNIT, WIDTH,
+        )
     at = ((off_b.to(tl.int64) * H + off_h) * row_units + row) * column_units + units
     tl.store(units_ptr + at, (any_seen + all_plain).to(tl.int8), mask=units < column_units)
 
@@ -233,7 +254,7 @@ def units_of(mask, keys=None, *, always=False):
     launch(
         _classify_kernel, b * h * units.shape[2] * triton.cdiv(units.shape[3], WIDTH),
         *strided(mask), *strided(keys, dims=2), units, h, M, N,
-        IS_BOOL=mask.dtype == torch.bool, HAS_KEYS=keys is not None, UNIT=UNIT, WIDTH=WIDTH, num_warps=4,
+        IS_BOOL=mask.dtype == torch.bool, HAS_KEYS=keys is not None, UNIT=UNIT, WIDTH=WIDTH, SAMPLE=SAMPLE, num_warps=4,
     )
     return units
 

@@ -732,7 +732,7 @@ def run(
         lists, _ = map_of(mask, units, tile, M, N, left, right, transposed=True, ordered=True, group=group)
         orders, totals, total_steps = orders_of(units, tile, M, N, left, right, group)
     stores_ds = biased and dbias_shape is not None and tuple(dbias_shape[2:]) == (M, N)
-    row = triton.cdiv(M, 8) * 8
+    row = triton.cdiv(M, 16) * 16  # so that sum_scores() loads 16 bytes a thread
     stores_ds = stores_ds and B * H * N * row * q.element_size() <= MOST_DS
     ds = q.new_empty(B, H, N, row) if stores_ds else None
     column_tiles, section = triton.cdiv(N, BLOCK_N.value), L2 // (H // Hk * M * 8 * tile.BLOCK_D)
