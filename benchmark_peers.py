@@ -2,6 +2,7 @@
 
     python3 benchmark_peers.py [--quick] [--mode fwd]      three minutes on an H200
     python3 benchmark_peers.py --features                  with the masks that models have
+    python3 benchmark_peers.py --features --plain          on a Hopper GPU, the kernels that every other GPU runs
 
 The work is the same in every case, B S = 16384 tokens in H D = 2048 channels, but for a few others at the end: heads
 that share keys, a wide head dim, short calls in which the host is a part of the time. Everybody is checked, then runs
@@ -31,6 +32,7 @@ def parser():
     p.add_argument("--kv-heads", type=int, help="heads of keys and values, where they are fewer than those of queries")
     p.add_argument("--passes", type=int, default=harness.PASSES, help="how many times each is timed; once with --quick")
     p.add_argument("--features", action="store_true", help="what models call instead: masks, a bias, torch.compile")
+    p.add_argument("--plain", action="store_true", help="on Hopper too the kernels that every other GPU runs")
     return p
 
 
@@ -104,6 +106,8 @@ def show_features(results):
 def main():
     args = checked(parser())
     script, table = ("benchmark_features", show_features) if args.features else ("benchmark_peers", show)
+    if args.plain:
+        script += "_plain"
     if args.plot:
         for folder in gpus(args.out):
             if loaded := load(folder / f"{script}.json"):
@@ -113,6 +117,10 @@ def main():
     watch = harness.stopwatch(args)
     if watch:
         watch.rep, watch.passes = 15, 1 if args.quick else args.passes
+    if args.plain:
+        from triton_attention import operators
+
+        operators.hopper_kernels = lambda name, device: None
     cases = (features.rows if args.features else rows)(args, watch is None)
     results = harness.run(script, cases, args, watch)
     table(results)

@@ -98,6 +98,7 @@ def per_batch(visible, rows):
 
 
 FEATURES = {
+    "no mask": lambda: Feature(),
     "causal": lambda: Feature(causal, is_causal=True),
     "causal, compiled": lambda: Feature(causal, is_causal=True, compiled="default"),
     "causal, as a tensor": lambda: Feature(causal, square(causal)),
