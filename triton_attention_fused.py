@@ -123,14 +123,14 @@ def _fwd_kernel(
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ONE_ROW: tl.constexpr, ALIGNED: tl.constexpr, LISTED: tl.constexpr, NARROW: tl.constexpr, HAS_KEYS: tl.constexpr,
-    BATCH_FIRST: tl.constexpr, TRIMMED: tl.constexpr, FEW: tl.constexpr,
+    TRIMMED: tl.constexpr, FEW: tl.constexpr,
 ):
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ONE_ROW, ALIGNED, LISTED, NARROW, HAS_KEYS,
     )
     row_tiles, splits = tl.cdiv(M, BLOCK_M), tl.cdiv(N, chunk)
-    tile, off_b, off_h = split_program(tl.program_id(0), row_tiles * splits, H, BATCH_FIRST)
+    tile, off_b, off_h = split_program(tl.program_id(0), row_tiles * splits, H)
     split, row_tile = tile % splits, row_tiles - 1 - tile // splits  # causal: the longest rows first
     start_m, first_n = row_tile * BLOCK_M, split * chunk
     q_head = head(q_ptr, (stride_qb, stride_qh, stride_qm, stride_qd), (M, D), off_b, off_h)

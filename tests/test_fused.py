@@ -293,23 +293,22 @@ def test_two_masks(M, N, H, Hk, floating):
 
 @pytest.mark.parametrize("left, right", ((None, None), (None, -3), (-40, 70)))
 @pytest.mark.parametrize("shape", ((1, 1), (1, 3), (2, 1), (2, 3)))
-@pytest.mark.parametrize("listed", (True, False))
-def test_sum_scores(shape, left, right, listed):
-    """dS in memory, where nothing was written in units that a mask hides, out of bounds, and past the last query."""
+def test_sum_scores(shape, left, right):
+    """dS in memory, where nothing was written in tiles that a mask hides, nor past the last query."""
     (B, H), M, N = (2, 3), 150, 211
     ds, seen = torch.randn(B, H, M, N, device=DEVICE), torch.rand(*shape, M, N, device=DEVICE) > 0.4
-    seen[..., 64:128, :64], seen[..., :64, 160:], seen[:1, :1, 32:, 128:192] = not listed, not listed, not listed
+    seen[..., 64:128, :64], seen[..., :64, 160:], seen[:1, :1, 32:, 128:192] = False, False, False
     m, n = torch.arange(M, device=DEVICE)[:, None], torch.arange(N, device=DEVICE)
     near = (n >= m - (M if left is None else -left)) & (n <= m + (N if right is None else right))
     ds = ds.masked_fill(~(seen & near), 0.0)
-    units = torch.nn.functional.pad(seen.expand(B, H, M, N).double(), (0, 224 - N, 0, 160 - M))
-    units = torch.nn.functional.max_pool2d(units, 32).repeat_interleave(32, 2).repeat_interleave(32, 3)[..., :M, :N]
+    tiles = (torch.nn.functional.pad(t.expand(B, H, M, N).double(), (0, 256 - N, 0, 192 - M)) for t in (seen, near))
+    some = [torch.nn.functional.max_pool2d(t, 64) > 0 for t in tiles]
+    visited = (some[0] & some[1]).repeat_interleave(64, 2).repeat_interleave(64, 3)[..., :M, :N]
     stored = torch.full((B, H, N, 160), torch.nan, device=DEVICE)
-    stored[..., :M] = ds.masked_fill((units == 0) | ~near, torch.nan).mT
+    stored[..., :M] = ds.masked_fill(~visited, torch.nan).mT
     bias = torch.zeros(*shape, M, N, device=DEVICE).masked_fill(~seen, -INF)
     dbias = torch.empty_like(bias)
-    units = mask_map.units_of(bias.expand(B, H, M, N), always=True) if listed else None
-    sum_scores(dbias, stored, units, left, right)
+    sum_scores(dbias, stored, mask_map.units_of(bias.expand(B, H, M, N), always=True), left, right)
     assert torch.allclose(dbias, ds.sum_to_size(dbias.shape), atol=1e-5)
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from triton_attention.float32 import in_parts, load_rows, map_finite, product, rows_dot, signed, whole
-from triton_attention.fused_bias import bias_gradient, stored_scores, sum_scores
+from triton_attention.fused_bias import bias_gradient
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments, tiles_of
 from triton_attention.fused_probs import Record, dscores, load_record, normalizer, probs, store_record
 from triton_attention.launch import empty_heads, launch, strided
@@ -38,10 +38,9 @@ from triton_attention.tiles import (
 @triton.jit
 def _dq_inner(
     dq, pk, left_over, q, do, record, dlse, k_head, v_head, band, dropout, scale, visits,
-    HAS_DLSE: tl.constexpr, MASKED: tl.constexpr, MAPPED: tl.constexpr, OPTIONS: tl.constexpr,
+    HAS_DLSE: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):
-    """(dq + dS K, pk + P K, left_over + rowsum(dS without dlse)) over some keys, the last two only if EXACT. MAPPED:
-    large numbers stand for NaN and infinity in K, whose products with a dS of 0 would be NaN."""
+    """(dq + dS K, pk + P K, left_over + rowsum(dS without dlse)) over some keys, the last two only if EXACT."""
     PRECISION: tl.constexpr = OPTIONS.PRECISION
     BLOCK_N: tl.constexpr = OPTIONS.NARROW if MASKED else OPTIONS.BLOCK_N
     offs_d, offs_e = tl.arange(0, OPTIONS.BLOCK_D), tl.arange(0, OPTIONS.BLOCK_DV)
@@ -53,7 +52,8 @@ def _dq_inner(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_head, offs_n, offs_d, PRECISION, MASKED, OPTIONS.D != OPTIONS.BLOCK_D)
         v = load_rows(v_head, offs_n, offs_e, PRECISION, MASKED, OPTIONS.DV != OPTIONS.BLOCK_DV)
-        if MASKED and MAPPED:  # a query that sees NaN has it in lse already
+        if MASKED and (OPTIONS.LEFT or OPTIONS.RIGHT or OPTIONS.HAS_MASK or OPTIONS.HAS_BIAS):
+            # NaN or inf in a hidden key, times its dS of 0, would be NaN; a query that sees NaN has it in lse already
             k = map_finite(k, PRECISION)
         mask = load_mask(band, q.offs, offs_n, 0, MASKED, OPTIONS)
         zeros = tl.zeros([q.offs.shape[0], BLOCK_N], dq.dtype)
@@ -76,23 +76,6 @@ def _dq_inner(
     return dq, pk, left_over
 
 
-@triton.jit
-def _dq_walk(
-    q, do, record, dlse, k_head, v_head, band, dropout, scale, visits,
-    HAS_DLSE: tl.constexpr, MAPPED: tl.constexpr, OPTIONS: tl.constexpr,
-):
-    """_dq_inner from zero over all keys."""
-    left_over = tl.zeros_like(dlse)
-    dq = tl.zeros([OPTIONS.BLOCK_M, OPTIONS.BLOCK_D], dlse.dtype)
-    pk = dq
-    for masked in tl.static_range(1 if (OPTIONS.HAS_MASK or OPTIONS.HAS_BIAS) and not OPTIONS.LISTED else 0, 2):
-        dq, pk, left_over = _dq_inner(
-            dq, pk, left_over, q, do, record, dlse, k_head, v_head, band, dropout, scale, visits,
-            HAS_DLSE, masked == 1, MAPPED, OPTIONS,
-        )
-    return dq, pk, left_over
-
-
 @triton.jit(do_not_specialize=["H", "GROUP", "M", "N", "left", "right"])
 def _dq_kernel(
     do_ptr, stride_gb, stride_gh, stride_gm, stride_gd,
@@ -110,14 +93,13 @@ def _dq_kernel(
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ONE_ROW: tl.constexpr, ALIGNED: tl.constexpr, LISTED: tl.constexpr, NARROW: tl.constexpr, HAS_KEYS: tl.constexpr,
-    BATCH_FIRST: tl.constexpr,
 ):
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ONE_ROW, ALIGNED, LISTED, NARROW, HAS_KEYS,
     )
     row_tiles = tl.cdiv(M, BLOCK_M)
-    tile, off_b, off_h = split_program(tl.program_id(0), row_tiles, H, BATCH_FIRST)
+    tile, off_b, off_h = split_program(tl.program_id(0), row_tiles, H)
     row_tile = row_tiles - 1 - tile  # causal: the longest rows first
     start_m = row_tile * BLOCK_M
     do_head = head(do_ptr, (stride_gb, stride_gh, stride_gm, stride_gd), (M, DV), off_b, off_h)
@@ -150,24 +132,20 @@ def _dq_kernel(
     visits = listed(bounds, lists_ptr, counts_ptr, list_strides, capacity, off_b, off_h, row_tile, 0, OPTIONS)
 
     delta = tl.sum(whole(do, PRECISION).to(ACC) * o.to(ACC), 1)
-    dlse = tl.zeros([BLOCK_M], ACC)
+    dlse, rest = tl.zeros([BLOCK_M], ACC), tl.zeros([BLOCK_M], ACC)
     if HAS_DLSE:
         dlse = tl.load(dlse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
         if not EXACT:
             delta -= dlse
     if not EXACT:  # now, not when the sum is done: what is kept until then takes registers
-        store_record(record_ptr, row + offs_m, Record(top, inverse, delta, tl.zeros_like(delta)), offs_m < M)
-    record = Record(top, inverse, delta, None)
-    dq, pk, rest = _dq_walk(
-        q, do, record, dlse, k_head, v_head, band, dropout, scale, visits, HAS_DLSE, False, OPTIONS
-    )
-    if LEFT or RIGHT or HAS_MASK or HAS_BIAS:
-        # NaN or inf in K, perhaps only where a mask hides it. To map each K, just in case, would take it out of the
-        # shared memory where the copy engine puts it and the tensor cores want it, and back
-        if tl.sum((dq != dq).to(tl.int32)) > 0:
-            dq, pk, rest = _dq_walk(
-                q, do, record, dlse, k_head, v_head, band, dropout, scale, visits, HAS_DLSE, True, OPTIONS
-            )
+        store_record(record_ptr, row + offs_m, Record(top, inverse, delta, rest), offs_m < M)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    pk = dq
+    for masked in tl.static_range(1 if (HAS_MASK or HAS_BIAS) and not LISTED else 0, 2):
+        dq, pk, rest = _dq_inner(
+            dq, pk, rest, q, do, Record(top, inverse, delta, None), dlse, k_head, v_head, band, dropout, scale, visits,
+            HAS_DLSE, masked == 1, OPTIONS,
+        )
     if EXACT:  # rowsum(P * dP) less what rounding made of it in delta: much, where one key has almost all of the weight
         if HAS_SINKS:  # then P has a sum of 1 less the sink's weight
             rest -= delta * tl.exp(tl.load(sinks_ptr + off_h * stride_xh).to(ACC) - top) * inverse
@@ -179,11 +157,11 @@ def _dq_kernel(
 
 @triton.jit
 def _dkdv_inner(
-    dk, dv, k, v, q_heads, do_heads, record_ptr, ds, band, dropout, scale, start_n, visits,
-    off_b, first_h, H, GROUP: tl.constexpr, MASKED: tl.constexpr, STORES_DS: tl.constexpr, OPTIONS: tl.constexpr,
+    dk, dv, k, v, q_heads, do_heads, record_ptr, band, dropout, scale, start_n, visits,
+    off_b, first_h, H, GROUP: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):
     """(dk + dS^T Q, dv + P^T dO) over the queries that see every key of the block, or if MASKED over the others; the
-    mask of the band is one of all heads, as is ds: dS^T [N, M or more, a multiple of 16], where that is stored.
+    mask of the band is one of all heads.
 
     One loop over all heads of the group: a loop around it would keep the addresses of both in registers.
     """
@@ -226,12 +204,7 @@ def _dkdv_inner(
         dp_t = rows_dot(v, do, zeros, PRECISION)
         if OPTIONS.DROPOUT:
             dp_t = tl.where(keep, dp_t * dropout.factor, 0.0)
-        ds_logits, ds_t = dscores(p_t, dp_t, tanh, record, 1, MASKED, OPTIONS)
-        if STORES_DS:
-            ds_head = head(*ds, off_b, off_h)
-            ptrs = ds_head.ptr + k.offs.to(tl.int64)[:, None] * ds_head.strides[0] + offs_m[None, :]
-            inside = (k.offs < ds_head.shape[0])[:, None] & (offs_m // 16 * 16 < M)[None, :]
-            tl.store(ptrs, ds_logits.to(ds_head.ptr.dtype.element_ty), mask=inside)
+        _, ds_t = dscores(p_t, dp_t, tanh, record, 1, MASKED, OPTIONS)
         ds_t = hide_loads(ds_t, OPTIONS)
         dk = product(ds_t, q, dk, PRECISION)
     return dk, dv
@@ -245,7 +218,7 @@ def _dkdv_kernel(
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
     mask_ptr, stride_ab, stride_ah, stride_am, stride_an, keys_ptr, stride_yb, stride_yn,
     lists_ptr, counts_ptr, stride_lb, stride_lh, stride_lm, capacity,
-    record_ptr, ds_ptr, stride_sb, stride_sh, stride_sn,
+    record_ptr,
     dk_ptr, stride_rb, stride_rh, stride_rn, stride_rd,
     dv_ptr, stride_wb, stride_wh, stride_wn, stride_wd,
     seed_ptr, scale, dropout_p, keep_factor, H, M, N, left, right,
@@ -254,13 +227,12 @@ def _dkdv_kernel(
     DROPOUT: tl.constexpr, PAIRED: tl.constexpr, TCGEN05: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ONE_ROW: tl.constexpr, ALIGNED: tl.constexpr, LISTED: tl.constexpr, NARROW: tl.constexpr, HAS_KEYS: tl.constexpr,
-    BATCH_FIRST: tl.constexpr, STORES_DS: tl.constexpr,
 ):
     OPTIONS: tl.constexpr = Options(
         D, DV, SIGN, LEFT, RIGHT, HAS_MASK, HAS_BIAS, SOFTCAP, SCALED, DROPOUT, PAIRED, TCGEN05, EXACT, PRECISION,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ONE_ROW, ALIGNED, LISTED, NARROW, HAS_KEYS,
     )
-    tile, off_b, off_hk = split_program(tl.program_id(0), tl.cdiv(N, BLOCK_N), H // GROUP, BATCH_FIRST)
+    tile, off_b, off_hk = split_program(tl.program_id(0), tl.cdiv(N, BLOCK_N), H // GROUP)
     start_n = tile * BLOCK_N
     k_head = head(k_ptr, (stride_kb, stride_kh, stride_kn, stride_kd), (N, D), off_b, off_hk)
     v_head = head(v_ptr, (stride_vb, stride_vh, stride_vn, stride_vd), (N, DV), off_b, off_hk)
@@ -269,7 +241,6 @@ def _dkdv_kernel(
     q_heads = Heads(q_ptr, (stride_qb, stride_qh, stride_qm, stride_qd), (M, D))
     do_heads = Heads(do_ptr, (stride_gb, stride_gh, stride_gm, stride_gd), (M, DV))
     mask_heads = Heads(mask_ptr, (stride_ab, stride_ah, stride_am, stride_an), (M, N))
-    ds_heads = Heads(ds_ptr, (stride_sb, stride_sh, stride_sn, 1), (N, M))
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
@@ -291,8 +262,8 @@ def _dkdv_kernel(
     visits = listed(bounds, lists_ptr, counts_ptr, list_strides, capacity, off_b, off_hk, tile, 0, OPTIONS)
     for masked in tl.static_range(1 if (HAS_MASK or HAS_BIAS) and not LISTED else 0, 2):
         dk, dv = _dkdv_inner(
-            dk, dv, k, v, q_heads, do_heads, record_ptr, ds_heads, band, dropout, scale, start_n, visits,
-            off_b, off_hk * GROUP, H, GROUP, masked == 1, STORES_DS, OPTIONS,
+            dk, dv, k, v, q_heads, do_heads, record_ptr, band, dropout, scale, start_n, visits,
+            off_b, off_hk * GROUP, H, GROUP, masked == 1, OPTIONS,
         )
     store_tile(*dk_head, offs_n, offs_d, dk * (scale * SIGN))
     store_tile(*dv_head, offs_n, offs_e, dv)
@@ -335,7 +306,7 @@ def fused_backward_op(
     )
     dtype = q.dtype
     do, q, k, v = in_parts(constants["PRECISION"], do, q, k, v)
-    units, ds = units_of(mask, key_mask), stored_scores(given[1], mask, dbias_shape)
+    units = units_of(mask, key_mask)
     tile = tile_for(op_dq, dtype, width, right is not None, q.device)
     lists, listing = map_of(mask, units, tile, M, N, left, right)
     launch(
@@ -351,16 +322,14 @@ def fused_backward_op(
     lists, listing = map_of(mask, units, tile, M, N, left, right, transposed=True, group=H // Hk)
     launch(
         _dkdv_kernel, B * Hk * triton.cdiv(N, tile.BLOCK_N),
-        *strided(do, q, k, v, mask), *strided(key_mask, dims=2), *lists, record, *strided(ds)[:4], *strided(dk, dv),
+        *strided(do, q, k, v, mask), *strided(key_mask, dims=2), *lists, record, *strided(dk, dv),
         seed, *scalars, H, M, N, left or 0, right or 0,
-        GROUP=H // Hk, **constants, **listing, HAS_KEYS=key_mask is not None, STORES_DS=ds is not None,
+        GROUP=H // Hk, **constants, **listing, HAS_KEYS=key_mask is not None,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **compile_options(tile, q.device),
     )
     if dtype == torch.float64:
         dq *= scale
         dv *= 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-    if ds is not None:
-        sum_scores(dbias, ds, units, left, right)
-    elif dbias_shape is not None:
+    if dbias_shape is not None:
         bias_gradient(dbias, *given, mask, key_mask, seed, record, *options)
     return outputs

@@ -5,11 +5,8 @@
       | db |    |  = sum over b of dS     and the sum stays in registers. No atomics, and nothing of size [B, H, M, N]
       +----+----+                         unless the bias has that size itself
 
-Where dS of all heads is no more than MOST_DS bytes and the bias has a row for each query, the kernel that computes dK
-stores it, and it is only added up: cheaper than to compute it again.
+Where a kernel stores dS on its way to dQ (Hopper, up to MOST_DS bytes), it is only added up.
 """
-
-import torch
 
 import triton
 import triton.language as tl
@@ -96,29 +93,15 @@ def _dbias_kernel(
     store_tile(*dbias_head, offs_m, offs_n, acc)
 
 
-MOST_DS = 1 << 32  # bytes
-
-
-def stored_scores(q, mask, dbias_shape):
-    """Memory for dS^T [B, H, N, M or more, a multiple of 16] of q [B, H, M, D] and a mask [B, H, M, N], for
-    sum_scores(); None where there is no gradient of a bias [.., .., M, N] to make of it, or dS would be large."""
-    if dbias_shape is None or dbias_shape[2:] != list(mask.shape[2:]):
-        return None
-    (B, H, M, N), dtype = mask.shape, torch.promote_types(q.dtype, mask.dtype)
-    row = triton.cdiv(M, 16) * 16  # so that a thread loads 16 bytes
-    return q.new_empty(B, H, N, row, dtype=dtype) if B * H * N * row * dtype.itemsize <= MOST_DS else None
-
-
 @triton.jit(do_not_specialize=["B", "H", "left", "right", "GH"])
 def _sum_kernel(
     ds_ptr, stride_sb, stride_sh, stride_sn, units_ptr, stride_ub, stride_uh, stride_um, stride_un,
     dbias_ptr, stride_rb, stride_rh, stride_rm, stride_rn, B, H, M, N, left, right, GH,
-    LISTED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SUM_B: tl.constexpr, SUM_H: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SUM_B: tl.constexpr, SUM_H: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """One tile of the bias's gradient from dS^T in memory. What is hidden may not have been written there: units of the
-    mask, if LISTED, and what lies outside of the bounds. Triton sees that the mask of a load is the same for 16
-    queries, so that a thread loads 16 bytes."""
+    """One tile of the bias's gradient from dS^T in memory; where the mask hides all of the tile, nothing may have been
+    written there. Triton sees that the mask of a load is the same for 16 queries, so that a thread loads 16 bytes."""
     col_tiles = tl.cdiv(N, BLOCK_N)
     tile, first_b, first_h = split_program(tl.program_id(0), tl.cdiv(M, BLOCK_M) * col_tiles, GH)
     start_m, start_n = tile // col_tiles * BLOCK_M, tile % col_tiles * BLOCK_N
@@ -127,28 +110,20 @@ def _sum_kernel(
     units_m = start_m // UNIT + tl.arange(0, BLOCK_M // UNIT)
     units_n = start_n // UNIT + tl.arange(0, BLOCK_N // UNIT)
     units_inside = (units_n * UNIT < N)[:, None] & (units_m * UNIT < M)[None, :]
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float64 if ds_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     count_h = H if SUM_H else 1
-    near = start_n < N
-    if RIGHT:
-        near = near & (start_n <= start_m + (BLOCK_M - 1) + right)
-    if LEFT:
-        near = near & (start_n + (BLOCK_N - 1) >= start_m + left)
     for step in range(0, (B if SUM_B else 1) * count_h):
         off_b, off_h = first_b + step // count_h, first_h + step % count_h
+        units = head_ptr(units_ptr, stride_ub, stride_uh, off_b, off_h)
+        ptrs = units + units_n[:, None] * stride_un + units_m[None, :] * stride_um
+        visited = tl.max(tl.max(tl.load(ptrs, mask=units_inside, other=0).to(tl.int32), 1), 0) > 0
+        if RIGHT:
+            visited = visited & (start_n <= start_m + (BLOCK_M - 1) + right)
+        if LEFT:
+            visited = visited & (start_n + (BLOCK_N - 1) >= start_m + left)
         ds = head_ptr(ds_ptr, stride_sb, stride_sh, off_b, off_h)
         ptrs = ds + offs_n.to(tl.int64)[:, None] * stride_sn + offs_m[None, :]
-        if LISTED:
-            units = head_ptr(units_ptr, stride_ub, stride_uh, off_b, off_h)
-            unit_ptrs = units + units_n[:, None] * stride_un + units_m[None, :] * stride_um
-            seen = (tl.load(unit_ptrs, mask=units_inside, other=0) > 0).to(tl.int32)
-            x = tl.load(ptrs, mask=inside & (near & (tl.max(tl.max(seen, 1), 0) > 0)), other=0.0)
-            if tl.min(tl.min(seen, 1), 0) == 0:
-                each = tl.broadcast_to(seen[:, None, :, None], [BLOCK_N // UNIT, UNIT, BLOCK_M // UNIT, UNIT])
-                x = tl.where(tl.reshape(each, [BLOCK_N, BLOCK_M]) > 0, x, 0.0)
-        else:
-            x = tl.load(ptrs, mask=inside & near, other=0.0)
-        acc += x
+        acc += tl.load(ptrs, mask=inside & visited, other=0.0)
     if RIGHT:
         acc = tl.where(offs_n[:, None] <= offs_m[None, :] + right, acc, 0.0)
     if LEFT:
@@ -158,15 +133,14 @@ def _sum_kernel(
 
 
 def sum_scores(dbias, ds, units, left, right):
-    """Fill dbias [B or 1, H or 1, M, N] from dS^T of stored_scores(), written wherever the mask's units (see units_of;
-    None: all) and the bounds let a query see a key."""
+    """Fill dbias [B or 1, H or 1, M, N] from dS^T [B, H, N, a multiple of 16] of a kernel that had it, written in all
+    tiles of 64 x 64, or larger ones, where the mask's units (see units_of) and the bounds let a query see a key."""
     (B, H), (GB, GH, M, N) = ds.shape[:2], dbias.shape
     block_m, block_n = 64, 64
     launch(
         _sum_kernel, GB * GH * triton.cdiv(M, block_m) * triton.cdiv(N, block_n),
-        ds, *ds.stride()[:3], units, *((0,) * 4 if units is None else unit_strides(units)), *strided(dbias),
-        B, H, M, N, left or 0, right or 0, GH,
-        LISTED=units is not None, LEFT=left is not None, RIGHT=right is not None, SUM_B=GB == 1, SUM_H=GH == 1,
+        ds, *ds.stride()[:3], units, *unit_strides(units), *strided(dbias), B, H, M, N, left or 0, right or 0, GH,
+        LEFT=left is not None, RIGHT=right is not None, SUM_B=GB == 1, SUM_H=GH == 1,
         UNIT=UNIT, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
     )
 

@@ -332,9 +332,8 @@ def map_of(
     ordered: all tiles from the front of a list, as twice their number, plus one if partial; their number is the first.
     """
     width = tile.BLOCK_M if transposed else tile.BLOCK_N
-    about = {"ONE_ROW": False, "ALIGNED": False, "LISTED": False, "NARROW": width, "BATCH_FIRST": False}
+    about = {"ONE_ROW": False, "ALIGNED": False, "LISTED": False, "NARROW": width}
     if mask is not None:
-        about["BATCH_FIRST"] = mask.stride(0) == 0 and mask.stride(1) != 0
         about["NARROW"] = min(tile.narrow or width, width)
         about["ONE_ROW"] = mask.stride(2) == 0 or mask.shape[2] == 1
         about["ALIGNED"] = N % 16 == 0 and mask.stride(3) == 1

@@ -129,18 +129,13 @@ def head(ptr, strides, shape, off_b, off_h):
 
 
 @triton.jit
-def split_program(pid, tiles, H, BATCH_FIRST: tl.constexpr = False):
-    """Program number -> (tile, off_b, off_h): tiles of one head are neighbours, so that they share it in L2; then those
-    of the next head, or if BATCH_FIRST of the same head of the next batch element, with which it shares a mask.
+def split_program(pid, tiles, H):
+    """Program number -> (tile, off_b, off_h): tiles of one head are neighbours, so that they share it in L2.
 
     One grid dimension: the others end at 65535 programs.
     """
     off_bh = pid // tiles
-    if BATCH_FIRST:
-        B = tl.num_programs(0) // (tiles * H)
-        return pid % tiles, off_bh % B, off_bh // B
-    else:
-        return pid % tiles, off_bh // H, off_bh % H
+    return pid % tiles, off_bh // H, off_bh % H
 
 
 @triton.jit

@@ -76,7 +76,7 @@ TILES = {
     ("fused backward hopper, biased", "sm_90", 16, 128, None): Tile(64, 128, 128, 8, 2, SPAN=1, registers=240),
     ("fused dq", "sm_90", 16, 64, None): Tile(128, 64, 64, 8, 3, registers=128),  # 0.68
     ("fused dq", "sm_90", 16, 64, True): Tile(64, 64, 64, 4, 3, registers=168),
-    ("fused dq, masked", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 3, registers=168, narrow=32),
+    ("fused dq, masked", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 3, registers=168),
     ("fused dq, masked, two", "sm_90", 16, 64, None): Tile(64, 64, 64, 4, 3, registers=168, narrow=32),
     ("fused dq", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255),  # 1.34
     ("fused dq, masked", "sm_90", 16, 128, None): Tile(128, 64, 128, 8, 3, registers=255, narrow=32),

@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )
 
-from triton_attention.fused_bias import bias_gradient, stored_scores, sum_scores
+from triton_attention.fused_bias import bias_gradient, sum_scores
 from triton_attention.hopper.backward_ends import postprocess, preprocess
 from triton_attention.hopper.forward import bias_of, keys_of, refuses_bias
 from triton_attention.hopper.mask import MaskMap, add_key_mask, tile_words, visible_bits, words_of_head
@@ -64,6 +64,7 @@ WAITS_SYNC = gl.constexpr(TRITON >= (3, 9))  # Triton 3.9 puts a barrier of all 
 K_REGISTERS = gl.constexpr(TRITON != (3, 8))  # K in registers at D 64 without a mask; the ptxas of Triton 3.8 spills
 MIN_WORK = 1 << 34  # floating-point operations from which the GPU is busy for longer than the host
 MIN_WAVES = 1  # tiles of keys a multiprocessor (a quarter, if causal); with fewer, the plain kernels balance better
+MOST_DS = 1 << 32  # bytes of it in memory for the gradient of a mask; past that, it is computed again
 L2 = 32 << 20  # bytes: heads whose queries, and what belongs to them, fit there are worked on together
 
 
@@ -730,7 +731,10 @@ def run(
         group = H // Hk
         lists, _ = map_of(mask, units, tile, M, N, left, right, transposed=True, ordered=True, group=group)
         orders, totals, total_steps = orders_of(units, tile, M, N, left, right, group)
-    ds = stored_scores(q, mask, dbias_shape)
+    stores_ds = biased and dbias_shape is not None and tuple(dbias_shape[2:]) == (M, N)
+    row = triton.cdiv(M, 16) * 16  # so that sum_scores() loads 16 bytes a thread
+    stores_ds = stores_ds and B * H * N * row * q.element_size() <= MOST_DS
+    ds = q.new_empty(B, H, N, row) if stores_ds else None
     column_tiles, section = triton.cdiv(N, BLOCK_N.value), L2 // (H // Hk * M * 8 * tile.BLOCK_D)
     registers = (1 << 16) // (128 * 3) // 8 * 8  # of a thread, before warp specialisation
     launch(
@@ -740,17 +744,17 @@ def run(
         row_descriptor(stats, 1), row_descriptor(dq_accum, 64),
         tile_descriptor(dk, BLOCK_N.value, tile.BLOCK_D), tile_descriptor(dv, BLOCK_N.value, tile.BLOCK_D),
         tile_descriptor(bias if biased else k, tile.BLOCK_M, BLOCK_N.value if biased else tile.BLOCK_D),
-        None if ds is None else tile_descriptor(ds, BLOCK_N.value, tile.BLOCK_M),
+        tile_descriptor(ds, BLOCK_N.value, tile.BLOCK_M) if stores_ds else None,
         semaphores, counter(q.device), factor * (1.0 if biased else LOG2E.value),
         column_tiles, B * Hk, max(1, min(B * Hk, section)), Hk, H // Hk, triton.cdiv(M, tile.BLOCK_M), N, M,
         left or 0, right or 0, *lists, words, *word_steps, orders,
         device=q.device, LEFT=left is not None, RIGHT=right is not None, LISTED=mask is not None, BIASED=biased,
-        KEYED=biased and key_mask is not None, STORES_DS=ds is not None, BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_D,
+        KEYED=biased and key_mask is not None, STORES_DS=stores_ds, BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_D,
         STAGES=tile.num_stages, DQ_STAGES=tile.SPAN,
         WORKER_REGISTERS=registers * 3 - 2 * tile.registers, num_warps=tile.num_warps, maxnreg=registers,
     )
     postprocess(dq_accum, dq, N, scale, left, right, tile.BLOCK_M, totals, total_steps, H // Hk)
-    if ds is not None:
+    if stores_ds:
         sum_scores(dbias, ds, units, left, right)
     elif dbias_shape is not None:
         bias_gradient(dbias, *given, mask, key_mask, None, record, scale, softcap, dropout_p, left, right)
