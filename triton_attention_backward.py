@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from triton_attention.launch import launch
-from triton_attention.operators import Function, define_op, differentiate
+from triton_attention.operators import Function, define_op, differentiate, matmul_flops
 from triton_attention.softmax_backward import MaskGradient, SoftmaxBackward
 from triton_attention.tile_choice import TUNED, compile_options, dot_precision, tile_for
 from triton_attention.tiles import dot, head_ptr, load_tile, split_program, store_tile
@@ -70,7 +70,10 @@ def _dscores_kernel(
         store_tile(*DS, offs_m, offs_n, ds)
 
 
-@define_op("dscores", fake=lambda do, o, v, probs, diagonal: probs.new_empty(probs.shape))
+@define_op(
+    "dscores", fake=lambda do, o, v, probs, diagonal: probs.new_empty(probs.shape),
+    flops=lambda do, o, v, *_: matmul_flops(do, v[2], v[3]),
+)
 def dscores_op(
     do: torch.Tensor, o: torch.Tensor, v: torch.Tensor, probs: torch.Tensor, diagonal: int | None
 ) -> torch.Tensor:

@@ -39,7 +39,7 @@ from triton_attention.logits import (
 )
 from triton_attention.mask_map import map_of, units_of
 from triton_attention.merge import count_splits, merge_attention, merge_splits  # noqa: F401  public here
-from triton_attention.operators import Function, define_op, differentiate, fold, replayable, unfold
+from triton_attention.operators import Function, define_op, differentiate, fold, matmul_flops, replayable, unfold
 from triton_attention.tile_choice import TUNED, compile_options, tile_for
 from triton_attention.tiles import (
     DropoutMask, Matrix, head, head_ptr, hide_loads, inverse_sum, keep_mask, split_program, store_tile,
@@ -217,7 +217,10 @@ def _one_query(q, k, v, mask, key_mask, sinks, o, lse, left, right):
     return rows(q), k, v, mask, key_mask, sinks, rows(o), lse.unflatten(1, (k.shape[1], -1)).squeeze(3)
 
 
-@define_op("fused", fake=_outputs, wide=(1, 2), hopper="forward")
+@define_op(
+    "fused", fake=_outputs, wide=(1, 2), hopper="forward",
+    flops=lambda q, k, v, *_: matmul_flops(q, k[2], q[3] + v[3]),
+)
 def fused_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor | None,
     seed: torch.Tensor | None, scale: float, softcap: float, dropout_p: float, left: int | None, right: int | None,

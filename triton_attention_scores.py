@@ -23,7 +23,7 @@ from triton_attention.checks import (
     autocast, check_blocks, check_flag, check_heads, check_scale, check_shape, check_tensors,
 )
 from triton_attention.launch import launch
-from triton_attention.operators import Function, define_op, differentiate, replayable
+from triton_attention.operators import Function, define_op, differentiate, matmul_flops, replayable
 from triton_attention.tile_choice import TUNED, compile_options, dot_precision, tile_for
 from triton_attention.tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
 
@@ -74,7 +74,9 @@ def _scores_shape(q, k, scale, diagonal, fill, block_m, block_n):
     return q.new_empty(*q.shape[:3], k.shape[2])
 
 
-@define_op("scores", fake=_scores_shape, hopper="scores")
+@define_op(
+    "scores", fake=_scores_shape, hopper="scores", flops=lambda q, k, *_: matmul_flops(q, k[2], q[3])
+)
 def scores_op(
     q: torch.Tensor, k: torch.Tensor, scale: float, diagonal: int | None, fill: float | None,
     block_m: int | None, block_n: int | None,

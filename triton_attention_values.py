@@ -23,7 +23,7 @@ import triton.language as tl
 from triton_attention.checks import autocast, check_blocks, check_flag, check_heads, check_shape, check_tensors
 from triton_attention.launch import empty_heads, launch
 from triton_attention.nan_repair import repair
-from triton_attention.operators import Function, define_op, differentiate, replayable
+from triton_attention.operators import Function, define_op, differentiate, matmul_flops, replayable
 from triton_attention.tile_choice import TUNED, compile_options, dot_precision, tile_for
 from triton_attention.tiles import dot, head_ptr, load_tile, split_program, store_tile, visible
 from triton_attention_scores import dot_products
@@ -98,7 +98,9 @@ def _values_shape(p, v, diagonal, heads, transposed, scale, dtype, block_m, bloc
     return empty_heads(v, p.shape[0], heads, p.shape[3 if transposed else 2], v.shape[3], dtype=dtype)
 
 
-@define_op("values", fake=_values_shape, hopper="values")
+@define_op(
+    "values", fake=_values_shape, hopper="values", flops=lambda p, v, *_: matmul_flops(p, p[3], v[3])
+)
 def values_op(
     p: torch.Tensor, v: torch.Tensor, diagonal: int | None, heads: int, transposed: bool, scale: float,
     dtype: torch.dtype, block_m: int | None, block_n: int | None,

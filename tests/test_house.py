@@ -15,7 +15,7 @@ from triton_attention_layer import TritonMultiheadAttention
 FLOORS = [  # from the ground up; a file imports files of its own floor and below, on the ground only those before it
     ["device", "tuned", "tiles", "logits", "replay", "tile_choice", "operators", "launch"],
     ["hopper", "float32", "dropout", "merge", "checks", "softmax_backward", "softmax_mean", "nan_repair",
-     "fused_common", "fused_probs", "fused_backward", "fused_bias", "mean_weights", "mask_map"],
+     "fused_common", "fused_probs", "fused_backward", "fused_bias", "mean_weights", "mask_map", "row_stats"],
     ["scores", "softmax", "values", "fused"], ["backward"], ["layer"], ["doors"], ["tests", "benchmarks"],
 ]
 STAGES = {"scores", "softmax", "values", "fused", "backward", "layer"}

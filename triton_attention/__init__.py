@@ -18,6 +18,10 @@ _HOME = {
     "attention_fused": "triton_attention_fused",
     "merge_attention": "triton_attention_fused",
     "TritonMultiheadAttention": "triton_attention_layer",
+    "activate": "triton_attention.doors.sdpa",
+    "deactivate": "triton_attention.doors.sdpa",
+    "register_with_transformers": "triton_attention.doors.huggingface",
+    "replace_attention": "triton_attention.doors.replace",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -28,7 +28,7 @@ from triton_attention.logits import (
     Band, Options, key_range, listed, listed_tile, load_mask, query_range, start_of, steps,
 )
 from triton_attention.mask_map import map_of, units_of
-from triton_attention.operators import define_op
+from triton_attention.operators import define_op, matmul_flops
 from triton_attention.tile_choice import compile_options, tile_for
 from triton_attention.tiles import (
     DropoutMask, Heads, Matrix, dot, head, hide_loads, keep_mask, load_tile, split_program, store_tile,
@@ -277,7 +277,10 @@ def _fused_gradients(
     return *(empty_heads(t, *t.shape) for t in (q, k, v)), lse.new_empty(*lse.shape, 4), dbias
 
 
-@define_op("fused_backward", fake=_fused_gradients, wide=(3,), like={4: 5}, hopper="backward")
+@define_op(
+    "fused_backward", fake=_fused_gradients, wide=(3,), like={4: 5}, hopper="backward",
+    flops=lambda do, dlse, q, k, v, *_: matmul_flops(q, k[2], 3 * q[3] + 2 * v[3]),
+)
 def fused_backward_op(
     do: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     mask: torch.Tensor | None, sinks: torch.Tensor | None, seed: torch.Tensor | None, o: torch.Tensor,

@@ -22,7 +22,7 @@ from triton_attention.fused_probs import normalizer
 from triton_attention.fused_common import fused_arguments
 from triton_attention.launch import launch, strided
 from triton_attention.logits import Options, exponential
-from triton_attention.operators import define_op
+from triton_attention.operators import define_op, matmul_flops
 from triton_attention.tile_choice import compile_options, tile_for
 from triton_attention.tiles import head, split_program, store_tile, visible
 
@@ -76,7 +76,10 @@ def _mean_weights_kernel(
     store_tile(mean_ptr, (stride_wm, 1), (M, N), offs_m, offs_n, total / H)
 
 
-@define_op("mean_weights", fake=lambda q, k, *_: q.new_empty(q.shape[0], q.shape[2], k.shape[2]))
+@define_op(
+    "mean_weights", fake=lambda q, k, *_: q.new_empty(q.shape[0], q.shape[2], k.shape[2]),
+    flops=lambda q, k, *_: matmul_flops(q, k[2], q[3]),
+)
 def mean_weights_op(
     q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, stats: torch.Tensor, scale: float, diagonal: int | None
 ) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch._library.autograd import Info, make_autograd_impl
 from torch._library.custom_ops import get_library_allowing_overwrite
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from triton_attention.device import DEVICE, INTERPRETED, architecture
 from triton_attention.replay import recording, stand_in
@@ -101,11 +102,25 @@ def _import(module):
         return None
 
 
-def define_op(name, fake, wide=(), like=None, hopper=None):
+def _count_flops(packet, flops):
+    """Have torch.utils.flop_counter.FlopCounterMode count an operator: flops(*shapes of its arguments)."""
+    flop_registry.pop(packet, None)  # as a module may be loaded again
+    register_flop_formula(packet)(lambda *shapes, out_shape=None, **_: flops(*shapes))
+
+
+def matmul_flops(rows, N, width):
+    """The operations of products of [B, H, M] rows with N others, `width` wide together, as torch counts attention:
+    none is left out for a causal bound."""
+    B, H, M = rows[:3]
+    return 2 * B * H * M * N * width
+
+
+def define_op(name, fake, wide=(), like=None, hopper=None, flops=None):
     """Decorator: make `triton_attention::name` of a launcher; `fake` gives its output without running it, `wide` are
     the numbers of the outputs that are float32 whatever the inputs are, `like` says {output: input} of one that has the
     dtype of another input than the first, `hopper` is the module in triton_attention/
-    hopper/ that serves the operator on such a GPU, unless its refuses(*args) says why not.
+    hopper/ that serves the operator on such a GPU, unless its refuses(*args) says why not. flops(*shapes) is what
+    FlopCounterMode counts, for an operator that multiplies matrices.
 
     Here a call is decided on, once. What PyTorch has to see goes to the dispatcher, and from there to the launcher. A
     plain eager call goes past 35 us of dispatching to the kernels for this GPU or to the launcher, and soon past those
@@ -145,7 +160,10 @@ def define_op(name, fake, wide=(), like=None, hopper=None):
         schema = torch.library.infer_schema(launcher, mutates_args=())
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"triton_attention::{name}", fake, lib=library)
-        overload = getattr(torch.ops.triton_attention, name).default  # which Dynamo knows wherever it comes from
+        packet = getattr(torch.ops.triton_attention, name)
+        if flops is not None:
+            _count_flops(packet, flops)
+        overload = packet.default  # which Dynamo knows wherever it comes from
         derivative = Info(None, None)
         differentiable = make_autograd_impl(overload, derivative)
 
