@@ -52,7 +52,7 @@ def refuses(q, k, v, mask, dropout_p=0.0):
     (B, H, M, D), (Hk, N), Dv = q.shape, k.shape[1:3], v.shape[3]
     if k.shape != (B, Hk, N, D) or v.shape[:3] != (B, Hk, N) or Hk == 0 or H % Hk:
         return f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-    if 0 in (B, M, N, D, Dv):
+    if 0 in (B, H, M, N, D, Dv):
         return "an empty tensor"
     if max(D, Dv) > MAX_HEAD_DIM or q.dtype == torch.float32 and max(D, Dv) > FLOAT32_HEAD_DIM and not INTERPRETED:
         return f"head dims {D} and {Dv} of {q.dtype}"
