@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from triton_attention.launch import launch
-from triton_attention.operators import Function, define_op, differentiate, matmul_flops
-from triton_attention.softmax_backward import MaskGradient, SoftmaxBackward
+from triton_attention.operators import Function, define_op, differentiate, in_forward_mode, matmul_flops
+from triton_attention.softmax_backward import MaskGradient, SoftmaxBackward, softmax_tangent
 from triton_attention.tile_choice import TUNED, compile_options, dot_precision, tile_for
 from triton_attention.tiles import dot, head_ptr, load_tile, split_program, store_tile
 from triton_attention_scores import dot_products, scores_op
@@ -113,11 +113,11 @@ class Staged(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, mask, ctx.diagonal, ctx.scale, *_ = inputs
+        q, k, v, mask, ctx.diagonal, ctx.scale, _, ctx.filled = inputs
         ctx.mask_shape, ctx.mask_dtype = (None, None) if mask is None else (list(mask.shape), mask.dtype)
-        ctx.save_for_backward(q, k, v, *output)
+        Staged.save(ctx, q, k, v, *output)
         ctx.set_materialize_grads(False)
-        if not any(ctx.needs_input_grad[i] for i in (0, 1, 3)):  # V alone
+        if not in_forward_mode() and not any(ctx.needs_input_grad[i] for i in (0, 1, 3)):  # V alone
             ctx.mark_non_differentiable(output[1])
 
     @staticmethod
@@ -131,10 +131,11 @@ class Staged(Function):
                 dv = transposed_product(probs, do, v.shape[1], diagonal=diagonal)
         if not (needs_q or needs_k or needs_mask) or (do is None and dprobs is None):
             return None, None, dv, None, None, None, None, None
-        if dprobs is None and not needs_mask and out.dtype != v.dtype and not torch.is_grad_enabled():
+        differentiated = torch.is_grad_enabled() or in_forward_mode()
+        if dprobs is None and not needs_mask and out.dtype != v.dtype and not differentiated:
             ds = dscores_op(do, out, v, probs, diagonal)
         else:  # one stage after the other
-            filled = dprobs is not None or needs_mask or torch.is_grad_enabled()
+            filled = dprobs is not None or needs_mask or differentiated
             fill = 0.0 if filled else None
             dp = None if do is None else dot_products(do, v, scale=1.0, diagonal=diagonal, fill=fill)
             dp = dprobs if dp is None else dp if dprobs is None else dp + dprobs
@@ -146,3 +147,16 @@ class Staged(Function):
         if needs_mask:
             dmask = differentiate(MaskGradient, ds, ctx.mask_shape, ctx.mask_dtype)
         return dq, dk, dv, dmask, None, None, None, None
+
+    @staticmethod
+    def tangent(ctx, dq, dk, dv, dmask, *_):
+        (q, k, v, out, probs), diagonal, filled = ctx.saved_tensors, ctx.diagonal, ctx.filled
+        ds = [
+            dot_products(rows, cols, scale=ctx.scale, diagonal=diagonal, fill=0.0 if filled else None)
+            for rows, cols in ((dq, k), (q, dk)) if rows is not None and cols is not None
+        ]
+        dprobs = softmax_tangent(probs, sum(ds) if ds else None, dmask, diagonal, filled)
+        do = product(dprobs, v, diagonal=diagonal)
+        if dv is not None:
+            do = do + product(probs, dv, diagonal=diagonal)
+        return do.to(out.dtype), dprobs

@@ -17,6 +17,7 @@ Exponentials are base 2 inside, one instruction on a GPU; log2(e) is folded into
 """
 
 import math
+import warnings
 
 import torch
 
@@ -28,7 +29,7 @@ from triton_attention.checks import (
     autocast, check_blocks, check_dropout, check_flag, check_heads, check_mask, check_scale, check_shape, check_sinks,
     check_softcap, check_tensors, check_window,
 )
-from triton_attention.dropout import draw_seed
+from triton_attention.dropout import draw_seed, dropout_op
 from triton_attention.float32 import in_parts, load_rows, product, rows_dot, signed, whole
 from triton_attention.fused_backward import fused_backward_op
 from triton_attention.fused_common import FEW_QUERIES, fused_arguments, paired, tiles_of
@@ -44,6 +45,8 @@ from triton_attention.tile_choice import TUNED, compile_options, tile_for
 from triton_attention.tiles import (
     DropoutMask, Matrix, head, head_ptr, hide_loads, inverse_sum, keep_mask, split_program, store_tile,
 )
+from triton_attention_scores import dot_products
+from triton_attention_values import product as weighted_values
 
 MAX_HEAD_DIM = 256  # wider accumulators do not fit the registers
 HEAVY = 1 << 27  # bytes of keys and values; for a few queries of all of them, lists of the visible tiles pay from there
@@ -280,7 +283,7 @@ def fused_op(
 
 def _save(ctx, inputs, output):
     q, k, v, mask, sinks, seed, *ctx.options, key_mask = inputs
-    ctx.save_for_backward(q, k, v, mask, sinks, seed, *output, key_mask)
+    Function.save(ctx, q, k, v, mask, sinks, seed, *output, key_mask)
     ctx.set_materialize_grads(False)
 
 
@@ -293,6 +296,39 @@ def _backward(ctx, do, dlse):
     needs = (mask is not None and ctx.needs_input_grad[3], sinks is not None and ctx.needs_input_grad[4])
     grads = differentiate(FusedBackward, do, dlse, *saved, *ctx.options[:5], *needs, key_mask)
     return *grads, *(None,) * 9
+
+
+def _tangents(ctx, dq, dk, dv, dmask, dsinks):
+    """(dO, dlse): the forward-mode derivative, stage by stage. It has to store P, which the kernel does not."""
+    warnings.warn("forward mode through attention_fused stores scores of M x N, as attention_staged does", stacklevel=2)
+    q, k, v, mask, sinks, seed, o, lse, stats, key_mask = ctx.saved_tensors
+    scale, softcap, dropout_p, left, right = ctx.options[:5]
+    pairs = [(rows, cols) for rows, cols in ((dq, k), (q, dk)) if rows is not None and cols is not None]
+    x, dx = dot_products(q, k, scale=scale).to(lse.dtype), lse.new_zeros(*lse.shape, k.shape[2])
+    dx = sum((dot_products(*pair, scale=scale).to(lse.dtype) for pair in pairs), dx)
+    if softcap > 0.0:
+        tanh = torch.tanh(x / softcap)
+        x, dx = tanh * softcap, dx * (1.0 - tanh * tanh)
+    for m in (mask, None if key_mask is None else key_mask[:, None, None]):
+        if m is not None:
+            x = x.masked_fill(~m, -math.inf) if m.dtype == torch.bool else x + m.to(x.dtype)
+    dx = dx if dmask is None else dx + dmask.to(dx.dtype)
+    visible = torch.ones(x.shape[2:], dtype=torch.bool, device=x.device)
+    visible = visible if right is None else visible.tril(right)
+    visible = visible if left is None else visible.triu(left)
+    x = x.masked_fill(~visible, -math.inf)
+    top, total = stats.unbind(-1) if stats.numel() else (lse, torch.ones_like(lse))
+    p = (torch.exp(x - top[..., None]) / total[..., None]).masked_fill(x == -math.inf, 0.0)
+    dx = dx.masked_fill(p == 0.0, 0.0)  # a hidden key may hold NaN
+    dlse = (p * dx).sum(-1)
+    if sinks is not None and dsinks is not None:
+        dlse = dlse + dsinks[:, None] * torch.exp(sinks[:, None].to(lse.dtype) - top) / total
+    dp = p * (dx - dlse[..., None])
+    if seed is not None:
+        keep = dropout_op(torch.ones_like(p), seed, dropout_p)
+        p, dp = p * keep, dp * keep
+    do = weighted_values(dp.to(v.dtype), v)
+    return do if dv is None else do + weighted_values(p.to(v.dtype), dv), dlse
 
 
 class Fused(Function):
@@ -308,6 +344,10 @@ class Fused(Function):
     @staticmethod
     def backward(ctx, do, dlse, _):
         return _backward(ctx, do, dlse)
+
+    @staticmethod
+    def tangent(ctx, dq, dk, dv, dmask, dsinks, *_):
+        return *_tangents(ctx, dq, dk, dv, dmask, dsinks), None
 
     @staticmethod
     def vmap(info, in_dims, q, k, v, mask, sinks, seed, *options):
@@ -328,6 +368,10 @@ class FusedOutput(Fused):
     @staticmethod
     def backward(ctx, do, *_):
         return _backward(ctx, do, None)
+
+    @staticmethod
+    def tangent(ctx, dq, dk, dv, dmask, dsinks, *_):
+        return _tangents(ctx, dq, dk, dv, dmask, dsinks)[0], None, None
 
 
 class FusedBackward(Function):

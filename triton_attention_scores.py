@@ -112,8 +112,8 @@ class Scores(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, ctx.scale, ctx.diagonal, *_ = inputs
-        ctx.save_for_backward(q, k)
+        q, k, ctx.scale, ctx.diagonal, ctx.fill, *_ = inputs
+        Scores.save(ctx, q, k)
 
     @staticmethod
     def backward(ctx, ds):
@@ -126,6 +126,12 @@ class Scores(Function):
         if ctx.needs_input_grad[1]:
             dk = transposed_product(ds, q, k.shape[1], scale=ctx.scale, diagonal=ctx.diagonal)
         return dq, dk, None, None, None, None, None
+
+    @staticmethod
+    def tangent(ctx, dq, dk, *_):
+        (q, k), fill = ctx.saved_tensors, None if ctx.fill is None else 0.0
+        pairs = [(rows, cols) for rows, cols in ((dq, k), (q, dk)) if rows is not None and cols is not None]
+        return sum(dot_products(*pair, scale=ctx.scale, diagonal=ctx.diagonal, fill=fill) for pair in pairs)
 
 
 def dot_products(rows, cols, *, scale, diagonal=None, fill=None):

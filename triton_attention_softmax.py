@@ -20,7 +20,7 @@ from triton_attention.checks import check_blocks, check_dropout, check_mask, che
 from triton_attention.dropout import dropout
 from triton_attention.launch import launch, mask_arguments
 from triton_attention.operators import Function, define_op, differentiate, like_first, replayable
-from triton_attention.softmax_backward import MaskGradient, SoftmaxBackward
+from triton_attention.softmax_backward import MaskGradient, SoftmaxBackward, softmax_tangent
 from triton_attention.tile_choice import ONE_PASS, row_tile  # noqa: F401  public here
 from triton_attention.tiles import (
     exp, finite, head_ptr, inverse_sum, load_logits, split_program, store_tile, visible_end,
@@ -115,7 +115,8 @@ class Softmax(Function):
     def setup_context(ctx, inputs, output):
         _, mask, ctx.diagonal, *_ = inputs
         ctx.mask_shape, ctx.mask_dtype = (None, None) if mask is None else (list(mask.shape), mask.dtype)
-        ctx.save_for_backward(output)
+        ctx.filled = inputs[5]
+        Softmax.save(ctx, output)
 
     @staticmethod
     def backward(ctx, dp):
@@ -124,6 +125,10 @@ class Softmax(Function):
         if ctx.needs_input_grad[1]:
             dmask = differentiate(MaskGradient, ds, ctx.mask_shape, ctx.mask_dtype)
         return ds, dmask, None, None, None, None
+
+    @staticmethod
+    def tangent(ctx, ds, dmask, *_):
+        return softmax_tangent(*ctx.saved_tensors, ds, dmask, ctx.diagonal, ctx.filled)
 
 
 def softmax_dropout(scores, mask, diagonal, dropout_p, block_m=None, block_n=None, filled=True):

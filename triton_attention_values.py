@@ -146,8 +146,8 @@ class Values(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        p, v, ctx.diagonal, _, ctx.transposed, ctx.scale, *_ = inputs
-        ctx.save_for_backward(p, v)
+        p, v, ctx.diagonal, ctx.heads, ctx.transposed, ctx.scale, ctx.dtype, *_ = inputs
+        Values.save(ctx, p, v)
 
     @staticmethod
     def backward(ctx, do):
@@ -159,6 +159,12 @@ class Values(Function):
         if ctx.needs_input_grad[1]:
             dv = product(p, do, **options) if ctx.transposed else transposed_product(p, do, v.shape[1], **options)
         return dp, dv, None, None, None, None, None, None, None
+
+    @staticmethod
+    def tangent(ctx, dp, dv, *_):
+        (p, v), options = ctx.saved_tensors, (ctx.diagonal, ctx.heads, ctx.transposed, ctx.scale, ctx.dtype, *TUNED)
+        pairs = [(left, right) for left, right in ((dp, v), (p, dv)) if left is not None and right is not None]
+        return sum(differentiate(Values, *pair, *options) for pair in pairs)
 
 
 def product(p, v, *, scale=1.0, diagonal=None):

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.reference import (
-    BF16, DEVICE, F16, F32, GPU, INF, INTERPRETED, compare, randn, torch_fused,
+    BF16, DEVICE, F16, F32, GPU, HERE, INF, INTERPRETED, compare, randn, torch_fused,
 )
 from triton_attention import (
     TritonMultiheadAttention, activate, attention_fused, attention_staged, deactivate, replace_attention,
@@ -435,3 +435,30 @@ def test_the_profiler_names_our_kernels_while_active():
     forward, backward = {"_fwd_kernel", "_forward_kernel"}, {"_dkdv_kernel", "_backward_kernel"}
     assert active & forward and active & backward, active
     assert not kernels() & (forward | backward)
+
+
+# ---- the README
+
+
+SNIPPETS = re.findall(
+    r"```python\n(.*?)```", (HERE / "README.md").read_text().split("## Use it in your model")[1].split("\n## ")[0], re.S
+)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_snippets_of_the_readme(number):
+    """`model` is one of torch.nn, `language_model` one of transformers."""
+    assert len(SNIPPETS) == 5
+    model = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, device=DEVICE)
+    names = {"torch": torch, "model": model, "x": torch.randn(2, 8, 32, device=DEVICE)}
+    names |= zip("qkv", tensors(8, 8), strict=True)
+    if "language_model" in SNIPPETS[number]:
+        transformers = pytest.importorskip("transformers")
+        config = transformers.GPT2Config(vocab_size=99, n_embd=64, n_layer=1, n_head=4)
+        names["language_model"] = transformers.GPT2LMHeadModel(config)
+    torch._dynamo.reset()
+    exec(SNIPPETS[number], names)
+    if "language_model" in names:
+        assert names["language_model"].config._attn_implementation == "triton_attention"
+    else:
+        assert names["out"].isfinite().all()

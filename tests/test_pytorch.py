@@ -306,8 +306,6 @@ def test_torch_func(name):
         with context():
             grads, exact = (pull(torch.ones_like(o)) for o, pull in pulled)
         assert all((a - b).abs().max() < 1e-5 for a, b in zip(grads, exact, strict=True))
-    with pytest.raises((NotImplementedError, RuntimeError)):  # never a silent zero
-        torch.func.jvp(lambda q: ours(q, k[0], v[0])[0], (q[0],), (q[1],))
 
 
 def test_vmap_around_the_rest():
@@ -614,12 +612,80 @@ def test_batched_gradients(name):
     assert (jacobian - exact).abs().max() < 1e-5
 
 
+def tangents(function, args, which):
+    """(outputs, their tangents) of torch.func.jvp by the arguments `which` is True of, each with a random tangent."""
+    torch.manual_seed(5)
+    directions = tuple(torch.randn_like(a) for a in args)
+    chosen = tuple(a for a, w in zip(args, which, strict=True) if w)
+
+    def call(*some):
+        some = iter(some)
+        out = function(*(next(some) if w else a for a, w in zip(args, which, strict=True)))
+        return out if isinstance(out, tuple) else (out,)
+
+    return torch.func.jvp(call, chosen, tuple(d for d, w in zip(directions, which, strict=True) if w))
+
+
+@pytest.mark.filterwarnings("ignore:forward mode through attention_fused")
 @pytest.mark.parametrize("name", ATTENTION)
-def test_forward_mode_is_refused(name):
-    x = torch.randn(1, 2, 5, 4, device=DEVICE)
+def test_forward_mode(name):
+    """jvp by each argument alone and by all, jacfwd, and dual numbers, against PyTorch's operations in float64."""
+    ours, theirs = ATTENTION[name]
+    q, k, v = (randn(1, h, n, d, dtype=F64, grad=False) for h, n, d in ((2, 5, 4), (1, 7, 4), (1, 7, 3)))
+    bias = randn(1, 2, 1, 7, dtype=F64, grad=False)
+    bias[..., 3] = -INF
+    for which in ((True, True, True, True), *(tuple(i == j for i in range(4)) for j in range(4))):
+        for causal in (False, True):
+            both = (
+                tangents(lambda *a, f=f, c=causal: f(*a, is_causal=c), (q, k, v, bias), which) for f in (ours, theirs)
+            )
+            for mine, exact in zip(*both, strict=True):
+                assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(mine, exact, strict=True))
+    jacobian, exact = (torch.func.jacfwd(lambda q, f=f: f(q, k, v)[0])(q) for f in (ours, theirs))
+    assert torch.allclose(jacobian, exact, atol=1e-12)
     for context in (torch.enable_grad, torch.no_grad):
-        with context(), forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError)):
-            ATTENTION[name][0](forward_ad.make_dual(x, x), x, x)
+        with context(), forward_ad.dual_level():
+            dual, exact = (f(forward_ad.make_dual(q, q), k, v)[0] for f in (ours, theirs))
+            assert torch.allclose(*(forward_ad.unpack_dual(t).tangent for t in (dual, exact)), atol=1e-12)
+
+
+def test_forward_mode_of_the_rest():
+    q, k, v = (randn(1, h, n, d, dtype=F64, grad=False) for h, n, d in ((2, 5, 4), (1, 7, 4), (1, 7, 3)))
+    options = {"window_size": (2, 1), "softcap": 1.5}
+    args, all_of_them = (q, k, v, randn(1, 1, 1, 2, dtype=F64, grad=False).view(2)), (True,) * 4
+    with pytest.warns(UserWarning, match="forward mode through attention_fused stores scores of M x N"):
+        both = [
+            tangents(lambda q, k, v, s, f=f: f(q, k, v, sinks=s, **options), args, all_of_them)
+            for f in (fused, torch_fused)
+        ]
+    for mine, exact in zip(*both, strict=True):
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(mine, exact, strict=True))
+
+    def without_weights(q, k, v):
+        return attention_staged(q, k, v, is_causal=True, enable_gqa=True, need_weights=False)[0]
+
+    both = (tangents(f, (q, k, v), (True,) * 3) for f in (
+        without_weights, lambda q, k, v: torch_staged(q, k, v, is_causal=True)[0]
+    ))
+    assert all(torch.allclose(a[0], b[0], atol=1e-12) for a, b in zip(*both, strict=True))
+    hessian, exact = (  # forward over reverse
+        torch.func.hessian(lambda q, f=f: f(q, k, v)[0].sin().sum())(q) for f in (staged, torch_staged)
+    )
+    assert torch.allclose(hessian, exact, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:forward mode through attention_fused")
+@pytest.mark.parametrize("ours", (attention_fused, lambda *args: attention_staged(*args)[0]))
+def test_forward_mode_with_dropout(ours):
+    """The weights that the call dropped: the tangent is a quotient of differences of calls with the same seed."""
+    q, k, v, dq = (randn(1, 2, 5, 4, dtype=F64, grad=False) for _ in range(4))
+
+    def call(q):
+        torch.manual_seed(2)
+        return ours(q, k, v, None, 0.5)
+
+    _, tangent = torch.func.jvp(call, (q,), (dq,))
+    assert torch.allclose(tangent, (call(q + 1e-6 * dq) - call(q - 1e-6 * dq)) / 2e-6, atol=1e-7)
 
 
 def test_unusual_tensors_and_modes_give_the_same():

@@ -72,12 +72,16 @@ class Dropout(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, seed, ctx.dropout_p, ctx.diagonal, _ = inputs
-        ctx.save_for_backward(seed)
+        _, seed, ctx.dropout_p, ctx.diagonal, ctx.filled = inputs
+        Dropout.save(ctx, seed)
 
     @staticmethod
     def backward(ctx, do):
         return differentiate(Dropout, do, *ctx.saved_tensors, ctx.dropout_p, ctx.diagonal, True), *(None,) * 4
+
+    @staticmethod
+    def tangent(ctx, dprobs, *_):
+        return differentiate(Dropout, dprobs, *ctx.saved_tensors, ctx.dropout_p, ctx.diagonal, ctx.filled)
 
     @staticmethod
     def vmap(info, in_dims, probs, seed, *options):

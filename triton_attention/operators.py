@@ -38,9 +38,14 @@ def _kind(keys):
     return kind
 
 
+def in_forward_mode():
+    """Whether a forward-mode derivative may be asked for (torch.autograd.forward_ad, torch.func.jvp)."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def must_dispatch(args):
     """Whether torch.compile, a mode, a transform or a tensor of another kind has to see the operator."""
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or in_forward_mode():
         return True
     kind = _kind(_keys_of_thread())
     if kind != "plain" and not (kind == "watched" and recording() and torch._C._len_torch_dispatch_stack() == 1):
@@ -193,7 +198,8 @@ def like_first(x, *others):
 
 class Function(torch.autograd.Function):
     """A torch.autograd.Function for differentiate. An `op` is its forward, unless it has one of its own that takes the
-    same arguments, and gets its derivative: in a program of torch.export or torch.jit.trace it stands alone."""
+    same arguments, and gets its derivative: in a program of torch.export or torch.jit.trace it stands alone. A
+    `tangent` is its jvp, in a class beside it: torch.compile refuses a Function that has one."""
 
     op = None
 
@@ -203,10 +209,21 @@ class Function(torch.autograd.Function):
             return cls.apply(*args)
 
         cls.node = staticmethod(lambda *args: node(*args))
+        cls.dual = cls
+        if "tangent" in vars(cls):
+            cls.dual = type(cls)(cls.__name__, (cls,), {"jvp": staticmethod(cls.tangent)})
         if "op" in vars(cls):
             if "forward" not in vars(cls):
                 cls.forward = staticmethod(cls.op)
             cls.op.derivative._backward_fn, cls.op.derivative._setup_context_fn = cls.backward, cls.setup_context
+
+    @staticmethod
+    def save(ctx, *tensors):
+        """Keep tensors for backward, and for jvp where a forward-mode derivative is asked for: what is kept for it
+        lives as long as the graph."""
+        ctx.save_for_backward(*tensors)
+        if in_forward_mode():
+            ctx.save_for_forward(*tensors)
 
     @classmethod
     def vmap(cls, info, in_dims, *args):
@@ -263,8 +280,8 @@ def differentiate(function, *args):
         return function.apply(*(a.view_as(a) if twice else a for a, twice in zip(args, again, strict=True)))
     if torch._C._get_tracing_state() is not None:
         return function.forward(*args)  # torch.jit.trace too, and could not run what apply leaves
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
-        return function.apply(*args)
+    if torch._C._functorch.peek_interpreter_stack() is not None or in_forward_mode():
+        return function.dual.apply(*args)
     args = unwrap_dead_wrappers(args)  # what torch.func.vjp saved, after it has returned
     if asks_gradient(args):
         # past Function.apply itself, which asks inspect for the signature of forward: 50 us

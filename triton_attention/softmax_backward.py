@@ -126,7 +126,7 @@ class SoftmaxBackward(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         probs, dp, ctx.diagonal, ctx.filled = inputs
-        ctx.save_for_backward(probs, dp)
+        SoftmaxBackward.save(ctx, probs, dp)
 
     @staticmethod
     def backward(ctx, g):
@@ -144,6 +144,27 @@ class SoftmaxBackward(Function):
             g_dp = differentiate(SoftmaxBackward, probs, g, ctx.diagonal, ctx.filled)
         return g_probs, g_dp, None, None
 
+    @staticmethod
+    def tangent(ctx, t_probs, t_dp, *_):
+        (probs, dp), tangent = ctx.saved_tensors, 0.0
+        if t_dp is not None:
+            tangent = differentiate(SoftmaxBackward, probs, t_dp, ctx.diagonal, ctx.filled)
+        if t_probs is not None:
+            if ctx.diagonal is not None:
+                probs, dp, t_probs = (t.tril(ctx.diagonal) for t in (probs, dp, t_probs))
+            wide = torch.promote_types(probs.dtype, torch.float32)
+            p, t, dp = (x.to(wide).masked_fill(probs == 0, 0.0) for x in (probs, t_probs, dp))
+            delta, gamma = (p * dp).sum(-1, keepdim=True), (t * dp).sum(-1, keepdim=True)
+            tangent = tangent + (t * (dp - delta) - p * gamma).to(probs.dtype)
+        return tangent
+
+
+def softmax_tangent(probs, ds, dmask, diagonal, filled=True):
+    """dP of the tangents of scores and of a floating mask, one of which may be None: the Jacobian is symmetric."""
+    if dmask is not None:
+        ds = dmask.to(probs.dtype).expand(probs.shape) if ds is None else ds + dmask.to(ds.dtype)
+    return torch.zeros_like(probs) if ds is None else differentiate(SoftmaxBackward, probs, ds, diagonal, filled)
+
 
 class MaskGradient(Function):
     """dS summed to the shape of the mask."""
@@ -152,11 +173,15 @@ class MaskGradient(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+        ctx.shape, ctx.dtype, ctx.options = inputs[0].shape, inputs[0].dtype, inputs[1:]
 
     @staticmethod
     def backward(ctx, g):
         return g.to(ctx.dtype).expand(ctx.shape), None, None
+
+    @staticmethod
+    def tangent(ctx, ds, *_):
+        return differentiate(MaskGradient, ds, *ctx.options)
 
     @staticmethod
     def vmap(info, in_dims, ds, shape, dtype):
