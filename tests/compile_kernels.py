@@ -36,6 +36,7 @@ from triton_attention.dropout import dropout_op  # noqa: E402
 from triton_attention.fused_backward import fused_backward_op  # noqa: E402
 from triton_attention.fused_bias import bias_gradient  # noqa: E402
 from triton_attention.mean_weights import mean_weights_op  # noqa: E402
+from triton_attention.row_stats import row_stats  # noqa: E402
 from triton_attention.softmax_backward import mask_gradient_op, softmax_backward_op  # noqa: E402
 from triton_attention.softmax_mean import softmax_mean_op  # noqa: E402
 from triton_attention_backward import dscores_op  # noqa: E402
@@ -316,6 +317,18 @@ def mean_weights_launches(dtype, D, quick):
         yield f"mean weights {name}{kind}", mean_weights_op, (q, q, lse, stats, 0.1, diagonal)
 
 
+def row_stats_launches(dtype, D, quick):
+    """The maxima and sums of rows from lse, beside a bias and causal, and of float32 without."""
+    name, wide = f"{str(dtype).removeprefix('torch.')} D{D}", torch.promote_types(dtype, torch.float32)
+    q, lse = torch.zeros(1, 2, 1024, D, dtype=dtype), torch.zeros(1, 2, 1024, dtype=wide)
+    bias = torch.zeros(1, 1, 1, 1024, dtype=dtype).expand(1, 2, 1024, 1024)
+    yield f"row stats {name} bias", row_stats, (q, q, bias, lse, 0.1, None, None)
+    if not quick:
+        yield f"row stats {name} bias, causal", row_stats, (q, q, bias, lse, 0.1, None, 0)
+        if dtype.itemsize > 2:
+            yield f"row stats {name}", row_stats, (q, q, None, lse, 0.1, None, None)
+
+
 def unaligned(arguments):
     """The same arguments in rows that begin an element past 16 bytes and keep no alignment."""
 
@@ -422,6 +435,7 @@ def launches(architecture, quick=False):
     )[: 4 if quick else 6]:
         yield from fused_launches(dtype, D, quick)
         yield from mean_weights_launches(dtype, D, quick)
+        yield from row_stats_launches(dtype, D, quick)
         if D == 64:
             yield from dropout_launches(dtype, D, quick)
     softmax = ((torch.bfloat16, (4096, 32768)), (torch.float32, (16384,)), (torch.float64, (8192,)))

@@ -97,7 +97,7 @@ def test_what_the_kernels_refuse_stays_pytorchs(ran):
 
 def test_deactivate_restores_everything(ran):
     q, k, v = tensors()
-    before = attend(q, k, v)
+    before, order = attend(q, k, v), torch._C._get_sdp_priority_order()
     deactivate()  # harmless
     assert current() is None
     activate()
@@ -110,6 +110,7 @@ def test_deactivate_restores_everything(ran):
     assert current() == sdpa.NAME
     deactivate()
     assert torch.equal(attend(q, k, v), before) and len(ran) == 1
+    assert torch._C._get_sdp_priority_order() == order
     with pytest.raises(ZeroDivisionError), activate():
         raise ZeroDivisionError
     assert current() is None
@@ -204,7 +205,7 @@ def efficient(q, k, v, mask, causal, dropout_p=0.0):
     return aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, dropout_p, causal)
 
 
-def cudnn(q, k, v, mask, causal, dropout_p=0.0):
+def cudnn(q, k, v, mask, causal, dropout_p=0.0):  # takes a mask of fewer dimensions
     return aten._scaled_dot_product_cudnn_attention(q, k, v, mask, True, dropout_p, causal)
 
 
@@ -232,7 +233,7 @@ def test_operators_of_a_gpu(operator, layout, overridden):
         fakes = operator(*on_meta, causal)
         for out, fake in zip(outs, fakes, strict=True):
             if isinstance(fake, torch.Tensor):
-                assert (out.shape, out.stride()) == (fake.shape, fake.stride())
+                assert (out.shape, out.stride(), out.dtype) == (fake.shape, fake.stride(), fake.dtype)
             else:
                 assert out == fake
         grads = torch.autograd.grad(outs[0].sum(), (q, k, v))
@@ -247,6 +248,18 @@ def test_gradient_of_a_bias_through_the_efficient_operator(overridden):
     bias = randn(2, 4, 40, 53)
     compare(lambda *a: efficient(*a, False)[0], reference, q, k, v, bias)
 
+    def without_lse(q, k, v, bias):  # what PyTorch asks for where the bias alone has a gradient
+        return aten._scaled_dot_product_efficient_attention(q, k, v, bias, False)[0]
+
+    compare(without_lse, reference, *(t.detach() for t in (q, k, v)), bias)
+
+
+def test_masks_of_few_dimensions_through_cudnns_operator(overridden):
+    q, k, v = tensors(dtype=F32 if INTERPRETED else F16)
+    mask = randn(1, 1, 40, 56, dtype=q.dtype, grad=False)
+    for fewer in (mask[0, 0], mask[0]):
+        compare(lambda *a, m=fewer: cudnn(*a, m, False)[0], lambda *a: reference(*a, mask.to(a[0].dtype)), q, k, v)
+
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_dropout_in_operators_of_a_gpu(operator, overridden):
@@ -257,7 +270,8 @@ def test_dropout_in_operators_of_a_gpu(operator, overridden):
     torch.manual_seed(3)
     again = operator(q, k, v, None, False, 0.4)
     assert torch.equal(outs[0], again[0])
-    seed = [t for t in outs if isinstance(t, torch.Tensor) and t.dtype == torch.int64][0].reshape(-1)[:1]
+    drawn = outs[6] if operator is not efficient else outs[2]
+    seed = drawn.view(torch.int64).reshape(-1)[:1]
     keep = dropout_op(torch.ones(2, 4, 40, 56, device=DEVICE), seed, 0.4, None, True)
     compare(
         lambda q, k, v: torch.manual_seed(3) and operator(q, k, v, None, False, 0.4)[0],
@@ -274,7 +288,7 @@ def test_backward_follows_its_forward(overridden, ran):
     aten._scaled_dot_product_flash_attention_backward(o, q, k, v, o, lse, *rest, mark)
     assert ran == ["fused_op", "fused_backward_op"] and not overridden
     with pytest.raises(TypeError):  # what covers for PyTorch's operator returns nothing
-        theirs = torch.zeros((), dtype=torch.uint64, device=DEVICE)
+        theirs = torch.zeros((), dtype=torch.uint64)
         aten._scaled_dot_product_flash_attention_backward(o, q, k, v, o, lse, *rest, theirs)
     assert overridden == [sdpa._flash_backward] and len(ran) == 2
 

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from tests.reference import BF16, DEVICE, F32, INTERPRETED, assert_close, run_python
+from tests.reference import BF16, DEVICE, F32, INF, INTERPRETED, assert_close, randn, run_python, torch_staged
 from triton_attention import register_with_transformers
+from triton_attention.doors.huggingface import attend_fused, attend_staged
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", "4.53")
@@ -156,6 +157,38 @@ def test_training_with_dropout():
         torch.manual_seed(seed)
         outs.append(model(input_ids=IDS, attention_mask=PADDING).logits)
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("attend", (attend_fused, attend_staged))
+def test_what_layers_pass(attend):
+    """Learned queries with a batch of one, a scale in a tensor, the keys that sparse attention has chosen, a window
+    that no mask holds; and what it does not know is refused, not dropped."""
+    layer = torch.nn.Module()
+    q, k, v = randn(1, 4, 5, 8, grad=False), randn(2, 2, 7, 8, grad=False), randn(2, 2, 7, 8, grad=False)
+    both = q.expand(2, -1, -1, -1)
+    out, _ = attend(layer, q, k, v, None, scaling=torch.tensor(0.3), is_causal=False)
+    assert torch.allclose(out, torch_staged(both, k, v, scale=0.3)[0].transpose(1, 2), atol=1e-5)
+    indices = torch.rand(2, 5, 7, device=DEVICE).topk(3).indices
+    chosen = torch.zeros(2, 1, 5, 7, dtype=torch.bool, device=DEVICE).scatter_(-1, indices[:, None], True)
+    expected = torch_staged(both, k, v, chosen, True)[0].transpose(1, 2)
+    assert torch.allclose(attend(layer, q, k, v, None, indices=indices)[0], expected, atol=1e-5)
+    lower = torch.ones(5, 7, dtype=torch.bool, device=DEVICE).tril()
+    for mask in (lower, torch.zeros(5, 7, device=DEVICE).masked_fill(~lower, -INF)):
+        assert torch.allclose(attend(layer, q, k, v, mask, indices=indices)[0], expected, atol=1e-5)
+    square, window = k[:, :, :5].repeat_interleave(2, 1), torch.ones(5, 5, dtype=torch.bool, device=DEVICE).triu(-1)
+    out, _ = attend(layer, square, k[:, :, :5], v[:, :, :5], None, sliding_window=2)
+    expected = torch_staged(square, k[:, :, :5], v[:, :, :5], window, True)[0].transpose(1, 2)
+    assert torch.allclose(out, expected, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="Module passes block_indices="):
+        attend(layer, q, k, v, None, block_indices=indices)
+
+
+def test_a_model_with_an_attention_of_its_own_is_refused():
+    config = transformers.BloomConfig(
+        vocab_size=99, hidden_size=64, n_layer=1, n_head=4, attn_implementation="triton_attention"
+    )
+    with pytest.raises(ValueError, match="BloomConfig computes its attention by itself"):
+        transformers.BloomForCausalLM(config)(input_ids=IDS.cpu(), attention_mask=PADDING.cpu())
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter computes bfloat16 as float32")

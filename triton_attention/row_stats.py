@@ -43,6 +43,7 @@ def _row_stats_kernel(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     row = (off_b.to(tl.int64) * H + off_h) * M
     lse = tl.load(lse_ptr + row + offs_m, mask=offs_m < M, other=0.0)
+    scale = tl.cast(scale, lse.dtype)
     m_i, l_i = lse, tl.where(lse == float("-inf"), 0.0, lse * 0.0 + 1.0)
     large = (tl.abs(lse) > small) & (lse != float("-inf"))
     if tl.sum(large.to(tl.int32), 0) > 0:
@@ -52,7 +53,6 @@ def _row_stats_kernel(
         if HAS_MASK or HAS_BIAS:
             mask = head(mask_ptr, (stride_ab, stride_ah, stride_am, stride_an), (M, N), off_b, off_h)
         band = Band(left, right, mask, None)
-        scale = tl.cast(scale, lse.dtype)
         offs_d = tl.arange(0, BLOCK_D)
         q = load_rows(q_head, offs_m, offs_d, PRECISION)
         if SIGN != 1:

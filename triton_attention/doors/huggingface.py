@@ -11,6 +11,8 @@ of relative positions with its gradient (T5). "triton_attention_staged" is the t
 weights of a real model: it always returns them, the fused one for output_attentions=True, by the stages too.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -36,14 +38,41 @@ def register_with_transformers():
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
+        from transformers.masking_utils import sdpa_mask  # noqa: F401  the newest of what is needed
     except ImportError as error:
         raise ImportError("register_with_transformers() needs transformers 4.53 or newer: pip install -U transformers"
                           ) from error
     for name, attend in ((FUSED, attend_fused), (STAGED, attend_staged)):
         AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, sdpa_mask)
+        AttentionMaskInterface.register(name, make_mask)
     return FUSED, STAGED
+
+
+def make_mask(*args, config=None, **options):
+    """The mask of a forward pass, bool [B, 1, M, N], or None where it is causal or all is visible: what "sdpa" gets."""
+    from transformers.masking_utils import sdpa_mask
+
+    if config is not None and not _calls_the_interface(type(config)):
+        raise ValueError(
+            f"the model of {type(config).__name__} computes its attention by itself, not through AttentionInterface: "
+            "triton_attention.activate() may reach it"
+        )
+    if getattr(config, "num_kv_shared_layers", 0):  # a layer may drop queries, and a causal bound would be another one
+        options["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, config=config, **options)
+
+
+@functools.lru_cache
+def _calls_the_interface(config_class):
+    """Whether a model of transformers with such a configuration can be given an attention function."""
+    from transformers import MODEL_MAPPING
+
+    try:
+        model = MODEL_MAPPING[config_class]
+    except KeyError:  # a part of a model, or not one of theirs
+        return True
+    models = model if isinstance(model, tuple) else (model,)
+    return all(getattr(m, "_can_set_attn_implementation", lambda: True)() for m in models)
 
 
 def attend_fused(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **options):
@@ -51,7 +80,10 @@ def attend_fused(module, query, key, value, attention_mask, dropout=0.0, scaling
     weights [B, H, M, N] or None). Weights, asked for by output_attentions, come from the stages."""
     if options.get("output_attentions") or max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
         return attend_staged(module, query, key, value, attention_mask, dropout, scaling, is_causal, **options)
-    key, value, mask, causal, window = _prepared(module, query, key, value, attention_mask, is_causal, **options)
+    query, key, value, mask, causal, window = _prepared(
+        module, query, key, value, attention_mask, is_causal, **options
+    )
+    scaling = float(scaling) if isinstance(scaling, torch.Tensor) else scaling
     out = attention_fused(
         query, key, value, mask, dropout, causal, scaling, enable_gqa=True,
         window_size=None if window is None else (window - 1, 0),
@@ -62,7 +94,10 @@ def attend_fused(module, query, key, value, attention_mask, dropout=0.0, scaling
 
 def attend_staged(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **options):
     """attend_fused by the three stages, with the weights, as they are in memory anyway."""
-    key, value, mask, causal, window = _prepared(module, query, key, value, attention_mask, is_causal, **options)
+    query, key, value, mask, causal, window = _prepared(
+        module, query, key, value, attention_mask, is_causal, **options
+    )
+    scaling = float(scaling) if isinstance(scaling, torch.Tensor) else scaling
     softcap, sinks = options.get("softcap"), options.get("s_aux")
     if window is not None:
         visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
@@ -77,23 +112,31 @@ def attend_staged(module, query, key, value, attention_mask, dropout=0.0, scalin
     return out.transpose(1, 2).contiguous(), weights
 
 
-def _prepared(module, query, key, value, mask, is_causal, sliding_window=None, position_bias=None, **_):
-    """(key, value, mask, causal, window): as the public functions take them. A window is given only where no mask
-    holds it already."""
-    (B, _, M), N = query.shape[:3], key.shape[2]
-    if key.shape[0] != B:  # one set of queries, learned, for a batch; or the other way round
-        key, value = key.expand(B, -1, -1, -1), value.expand(B, -1, -1, -1)
+def _prepared(
+    module, query, key, value, mask, is_causal, sliding_window=None, position_bias=None, indices=None, **options
+):
+    """(query, key, value, mask, causal, window): as the public functions take them. A window is given only where no
+    mask holds it already; indices [B, M, n] are the keys that a query of sparse attention sees."""
+    for name in ("block_indices", "sinks", "head_mask"):
+        if options.get(name) is not None:
+            raise NotImplementedError(f"{type(module).__name__} passes {name}=, which triton_attention does not know")
+    B, M, N = max(query.shape[0], key.shape[0]), query.shape[2], key.shape[2]
+    query, key, value = (t.expand(B, -1, -1, -1) for t in (query, key, value))  # learned queries have a batch of 1
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = M > 1 and mask is None and bool(causal)  # a single query is the newest, and sees all
     window = sliding_window if causal and M == N and sliding_window is not None and N > sliding_window else None
     if mask is not None and mask.shape[-1] > N:
         mask = mask[..., :N]
+    if indices is not None:
+        chosen = torch.zeros(B, M, N, dtype=torch.bool, device=query.device).scatter_(-1, indices.long(), True)[:, None]
+        floating = mask is not None and mask.dtype != torch.bool
+        mask = mask.masked_fill(~chosen, float("-inf")) if floating else chosen if mask is None else mask & chosen
     if position_bias is not None:
         bias = position_bias[..., :N]
         if mask is not None:
             bias = torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else bias + mask
         mask = bias
-    return key, value, mask, causal, window
+    return query, key, value, mask, causal, window
 
 
 def _softmax(scores, mask, causal, dropout, sinks):

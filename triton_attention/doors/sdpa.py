@@ -3,15 +3,17 @@
     F.scaled_dot_product_attention      chooses one of PyTorch's operators, as ever
       aten::_scaled_dot_product_flash_attention      no mask, 16 bits                   \
       aten::_scaled_dot_product_efficient_attention  masks and float32                   } and the backward of each:
-      aten::_scaled_dot_product_cudnn_attention      first choice on Hopper and newer   /  overridden here
+      aten::_scaled_dot_product_cudnn_attention      last choice, while active         /  overridden here
       aten::_scaled_dot_product_attention_math       what none of them takes: stays PyTorch's
 
 The door is PyTorch's own registry (torch.nn.attention.register_flash_attention_impl). With it comes whatever calls that
 function: nn.MultiheadAttention, timm, diffusers, Hugging Face's "sdpa"; eager, or in a graph of torch.compile, which
-holds the operators by their names. Each override keeps the kernel that it covers, and passes on what ours refuse.
+holds the operators by their names. Each override keeps the kernel that it covers, and passes on what ours refuse. On
+Hopper and newer GPUs PyTorch would choose cuDNN first, and make -65504 of what a bool mask hides, which is not hidden:
+while active, the others come before it.
 
-A backward pass runs the kernels of the same house as its forward pass. The number that PyTorch keeps beside the seed of
-dropout, and needs for its own kernels alone, is int32 if the pass was ours; PyTorch has none of that dtype.
+A backward pass runs the kernels of the same house as its forward pass. Which one that was, says the number that PyTorch
+keeps beside the seed of dropout, and needs for its own kernels alone (see _mark).
 """
 
 import contextlib
@@ -19,7 +21,7 @@ import warnings
 
 import torch
 from torch.nn.attention import (
-    activate_flash_attention_impl, current_flash_attention_impl, register_flash_attention_impl,
+    SDPBackend, activate_flash_attention_impl, current_flash_attention_impl, register_flash_attention_impl,
     restore_flash_attention_impl,
 )
 from torch.utils.flop_counter import flop_registry
@@ -33,7 +35,8 @@ from triton_attention.tile_choice import TUNED
 from triton_attention_fused import MAX_HEAD_DIM, fused_op
 
 NAME = "triton_attention"
-OURS = torch.int32
+OURS = 0x5472_6974_6F6E_3437  # the number of a pass that was ours
+PLACE = 2  # of that number in its memory, where it must not be read: in a CUDA graph
 FLOAT32_HEAD_DIM = 64  # in wider heads of float32, PyTorch's own kernels are faster
 
 
@@ -107,20 +110,35 @@ def _rows_outside(t):
     return _laid_out(t, (M * H * D, D, H * D, 1))
 
 
-def _draw(q, dropout_p, shape):
-    """(a seed from torch's generator, or memory for one; the mark of a pass that was ours)."""
+def _draw(q, dropout_p, shape=(), dtype=torch.int64):
+    """(a seed from torch's generator, or memory for one; the mark of a pass that was ours), of the dtype that PyTorch's
+    fake of the operator has."""
     seed = torch.randint(1 << 62, shape, device=q.device) if dropout_p > 0.0 else q.new_empty(shape, dtype=torch.int64)
-    return seed, q.new_empty((), dtype=OURS)
+    return seed.view(dtype), _mark(q).view(dtype)
+
+
+def _mark(q):
+    """A number on the host, as PyTorch's own kernels return it there: to be read without waiting for the GPU, also from
+    a copy. In a CUDA graph, where that one is on the GPU, its place in memory is the mark."""
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return q.new_empty(PLACE + 1, dtype=torch.int64)[PLACE]
+    return torch.full((), OURS, dtype=torch.int64, device="cpu")
+
+
+def _was_ours(mark):
+    if mark.device.type == "cpu":
+        return mark.view(torch.int64).item() == OURS
+    return mark.storage_offset() == PLACE
 
 
 def _seed(drawn, dropout_p):
-    return drawn.reshape(-1)[:1] if dropout_p > 0.0 else None
+    return drawn.view(torch.int64).reshape(-1)[:1] if dropout_p > 0.0 else None
 
 
 def _flash(original, q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
     if return_debug_mask or refuses(q, k, v, None, dropout_p):
         return original(q, k, v, dropout_p, is_causal, return_debug_mask, scale=scale)
-    drawn, mark = _draw(q, dropout_p, () if torch.version.hip else (2,))
+    drawn, mark = _draw(q, dropout_p) if torch.version.hip else _draw(q, dropout_p, (2,), torch.uint64)
     right = k.shape[2] - q.shape[2] if is_causal else None  # the last query sees the last key
     o, lse = _attend(q, k, v, None, dropout_p, right, scale, _seed(drawn, dropout_p))
     return _in_order_of(o, q), lse, None, None, q.shape[2], k.shape[2], drawn, mark, q.new_empty(0)
@@ -129,7 +147,7 @@ def _flash(original, q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=
 def _flash_backward(
     original, do, q, k, v, o, lse, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, drawn, mark, *, scale=None,
 ):
-    if mark.dtype != OURS:
+    if not _was_ours(mark):
         rest = cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, drawn, mark
         return original(do, q, k, v, o, lse, *rest, scale=scale)
     right = k.shape[2] - q.shape[2] if is_causal else None
@@ -140,10 +158,10 @@ def _flash_backward(
 def _efficient(original, q, k, v, mask, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
     if refuses(q, k, v, mask, dropout_p):
         return original(q, k, v, mask, compute_log_sumexp, dropout_p, is_causal, scale=scale)
-    drawn, mark = _draw(q, dropout_p, ())
+    drawn, mark = _draw(q, dropout_p)
     o, lse = _attend(q, k, v, mask, dropout_p, 0 if is_causal else None, scale, _seed(drawn, dropout_p))
     M = q.shape[2]
-    if not compute_log_sumexp:
+    if not compute_log_sumexp:  # also where the mask alone has a gradient
         lse = lse[..., :0].contiguous()
     elif M % 32 and not torch.version.hip:
         lse = torch.nn.functional.pad(lse, (0, -M % 32), value=float("inf"))
@@ -153,12 +171,12 @@ def _efficient(original, q, k, v, mask, compute_log_sumexp, dropout_p=0.0, is_ca
 def _efficient_backward(
     original, do, q, k, v, mask, o, lse, drawn, mark, dropout_p, grad_input_mask, is_causal=False, *, scale=None,
 ):
-    if mark.dtype != OURS:
+    if not _was_ours(mark):
         rest = drawn, mark, dropout_p, grad_input_mask, is_causal
         return original(do, q, k, v, mask, o, lse, *rest, scale=scale)
     needs_dmask = mask is not None and grad_input_mask[3]
     right, seed = 0 if is_causal else None, _seed(drawn, dropout_p)
-    lse = lse[..., : q.shape[2]]
+    lse = lse[..., : q.shape[2]] if lse.shape[2] else _attend(q, k, v, mask, dropout_p, right, scale, seed)[1]
     *grads, dmask = _gradients(do, q, k, v, mask, o, lse, dropout_p, right, scale, seed, needs_dmask)
     if needs_dmask and dmask.shape[3] % 16:  # rows begin at multiples of 16
         N = dmask.shape[3]
@@ -169,10 +187,11 @@ def _efficient_backward(
 def _cudnn(
     original, q, k, v, mask, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None,
 ):
+    mask = _in_4d(mask)
     if return_debug_mask or refuses(q, k, v, mask, dropout_p):
         rest = compute_log_sumexp, dropout_p, is_causal, return_debug_mask
         return original(q, k, v, mask, *rest, scale=scale)
-    drawn, mark = _draw(q, dropout_p, ())
+    drawn, mark = _draw(q, dropout_p)
     o, lse = _attend(q, k, v, mask, dropout_p, 0 if is_causal else None, scale, _seed(drawn, dropout_p))
     return _in_order_of(o, q), lse[..., None], None, None, q.shape[2], k.shape[2], drawn, mark, None
 
@@ -181,10 +200,10 @@ def _cudnn_backward(
     original, do, q, k, v, o, lse, drawn, mark, mask, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, *,
     scale=None,
 ):
-    if mark.dtype != OURS:
+    if not _was_ours(mark):
         rest = drawn, mark, mask, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal
         return original(do, q, k, v, o, lse, *rest, scale=scale)
-    right, seed = 0 if is_causal else None, _seed(drawn, dropout_p)
+    right, seed, mask = 0 if is_causal else None, _seed(drawn, dropout_p), _in_4d(mask)
     *grads, _ = _gradients(do, q, k, v, mask, o, lse[..., 0], dropout_p, right, scale, seed)
     return tuple(_in_order_of(g, t) for g, t in zip(grads, (q, k, v), strict=True))
 
@@ -246,23 +265,29 @@ class _Handle:
     """What PyTorch's registry keeps while the overrides hold."""
 
     walks_back = None  # overrides of the backward operators: they stay, for graphs that were built under them
+    order = None  # in which PyTorch would have chosen
 
     def __init__(self):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
-            if INTERPRETED:
+            if DEVICE.type == "cpu":
                 self.library = _override(_INTERPRETED)
                 return
             if _Handle.walks_back is None:
                 _Handle.walks_back = _override(_BACKWARD)
             self.library = _override(_FORWARD)
+        self.order = torch._C._get_sdp_priority_order()
+        last = [SDPBackend.CUDNN_ATTENTION.value, SDPBackend.MATH.value]
+        torch._C._set_sdp_priority_order([b for b in self.order if b not in last] + last)
 
     def remove(self):
         self.library = None
+        if self.order is not None:
+            torch._C._set_sdp_priority_order(self.order)
 
 
 register_flash_attention_impl(NAME, register_fn=_Handle)
-if INTERPRETED:  # PyTorch counts the operations of its operators for GPUs alone
+if DEVICE.type == "cpu":  # PyTorch counts the operations of its operators for GPUs alone
     for name, model in (("", "flash_attention"), ("_backward", "flash_attention_backward")):
         cpu = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}")
         flop_registry.setdefault(cpu, flop_registry[getattr(torch.ops.aten, f"_scaled_dot_product_{model}")])
