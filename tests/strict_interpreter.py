@@ -3,8 +3,8 @@
 What a GPU leaves undefined the interpreter makes look right: here lanes loaded outside their mask are NaN instead of 0,
 programs run in reverse order, and a grid or a dot that a GPU refuses is refused.
 
-What numpy computes in float32 depends on the CPU: without AVX-512, e^x is off by 2.4 steps, and K Q^T is another number
-than Q K^T, so that the P of a backward pass is not that of its forward pass. Here either is rounded once, on every CPU.
+On a CPU without AVX-512, K Q^T is another number for numpy than Q K^T, so that the P of a backward pass is not that of
+its forward pass. Here either is the same product, one way round.
 
 What makes it slow is that every call of a device function replaces the members of triton.language again, one by one,
 a millisecond each time. Once a module has been through that, it is skipped: the launch itself does it.
@@ -46,14 +46,10 @@ def _min_dot_size(a, b):
 
 def _checked_dot(self, a, b, d, *rest):
     assert tl.bfloat16 not in (a.dtype, b.dtype), "the interpreter multiplies the raw bits of bfloat16: upcast first"
-    if a.dtype not in (tl.float16, tl.float32) or d.dtype.scalar != tl.float32:
+    if a.data.ndim != 2 or a.data[0].tobytes() <= b.data[:, 0].tobytes():
         return _dot(self, a, b, d, *rest)
-    product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(np.float32)
-    return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
-
-
-def _exp(self, arg):
-    return self.unary_op(arg, lambda x: np.exp(x, dtype=np.float64).astype(x.dtype))
+    turned = [interpreter.TensorHandle(np.ascontiguousarray(t.data.T), t.dtype.scalar) for t in (b, a, d)]
+    return interpreter.TensorHandle(np.ascontiguousarray(_dot(self, *turned, *rest).data.T), d.dtype.scalar)
 
 
 _patched = set()
@@ -72,5 +68,4 @@ _builder.create_masked_load = _masked_load
 _builder.set_grid_idx = _set_reversed_index
 _builder.set_grid_dim = _set_limited_grid
 _builder.create_dot = _checked_dot
-_builder.create_exp = _exp
 interpreter.interpreter_builder.codegen_fns["min_dot_size"] = _min_dot_size
